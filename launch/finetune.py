@@ -1,0 +1,11 @@
+"""Fine-tune for classification.
+
+deepspeed launch/finetune.py experiment=demo_classification checkpoint=runs/demo_simmim
+"""
+
+import sys
+
+from swinv2_scale import run
+
+if __name__ == "__main__":
+    run.main("finetune", sys.argv[1:], run.training)

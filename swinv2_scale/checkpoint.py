@@ -1,0 +1,168 @@
+"""Checkpoints that resume a run: written whole or not at all, verified before they are used.
+
+    RUN_DIR/checkpoints/step_00000400/
+        model.safetensors       float32 master weights in the released naming; metadata: model, pretrained_windows
+        optimizer.safetensors   exp_avg.<name>, exp_avg_sq.<name>
+        state.json              step; seed, global batch and data hash; versions
+        config.yaml             the resolved configuration
+        MANIFEST.json           size and SHA-256 of each file above
+        COMPLETE                written last
+
+Tensors are whole and named, so a checkpoint belongs to no world size and no ZeRO stage.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from swinv2_scale import distributed
+from swinv2_scale.engine import Engine
+
+FOLDER = "checkpoints"
+
+
+def save(
+    run_dir: Path, engine: Engine, *, step: int, state: dict[str, Any], metadata: dict[str, Any], keep: int
+) -> Path:
+    """Write the checkpoint of `step` finished steps. Collective; rank 0 writes. The newest `keep` are kept.
+
+    state goes to state.json, metadata (JSON values) into the header of model.safetensors.
+    """
+    target = run_dir / FOLDER / f"step_{step:08d}"
+    temporary = target.with_name(f".{target.name}.partial")
+    writes = distributed.rank() == 0
+    if writes:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    header = {key: json.dumps(value) for key, value in metadata.items()} | {"format": "pt"}
+    _write_tensors(engine.parameters(), temporary / "model.safetensors", header, writes)
+    _write_tensors(engine.optimizer_state(), temporary / "optimizer.safetensors", {"format": "pt"}, writes)
+    if writes:
+        (temporary / "state.json").write_text(json.dumps({"step": step, **state}, indent=1))
+        shutil.copy(run_dir / "config.yaml", temporary)
+        files = sorted(path for path in temporary.iterdir())
+        manifest = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files}
+        (temporary / "MANIFEST.json").write_text(json.dumps(manifest, indent=1))
+        (temporary / "COMPLETE").touch()
+        for path in temporary.iterdir():
+            _flush(path)
+        shutil.rmtree(target, ignore_errors=True)  # damaged, or it would have been resumed from
+        temporary.rename(target)
+        _flush(target.parent)
+        for old in _newest_first(run_dir)[keep:]:
+            shutil.rmtree(old)
+    distributed.barrier()
+    return target
+
+
+def latest(run_dir: Path, warn: Any) -> Path | None:
+    """The newest checkpoint that verifies, or None, agreed by all ranks; `warn` is told of damaged ones. Collective."""
+
+    def search() -> Path | None:
+        for path in _newest_first(run_dir):
+            problem = verify(path)
+            if problem is None:
+                return path
+            warn(f"skipping the checkpoint {path}: {problem}")
+        return None
+
+    return distributed.from_rank_0(search() if distributed.rank() == 0 else None)
+
+
+def verify(path: Path) -> str | None:
+    """What is wrong with a checkpoint, or None."""
+    if not (path / "COMPLETE").exists():
+        return "its COMPLETE marker is missing: it was not written to the end"
+    try:
+        manifest = json.loads((path / "MANIFEST.json").read_text())
+    except (OSError, ValueError) as error:
+        return f"its MANIFEST.json cannot be read: {error}"
+    for name, expected in manifest.items():
+        file = path / name
+        if not file.exists():
+            return f"{name} is missing"
+        if file.stat().st_size != expected["bytes"]:
+            return f"{name} has {file.stat().st_size} bytes instead of {expected['bytes']}"
+        if _sha256(file) != expected["sha256"]:
+            return f"{name} does not have the recorded SHA-256"
+    return None
+
+
+def restore(path: Path, engine: Engine, identity: dict[str, Any]) -> dict[str, Any]:
+    """Load a verified checkpoint into the engine, and return the state that was saved with it.
+
+    identity: what must be as it was (seed, global batch, data) for the order of samples to continue. Raises ValueError
+    when it is not, and when the checkpoint is of another model.
+    """
+    state = json.loads((path / "state.json").read_text())
+    for key, value in identity.items():
+        if state["identity"].get(key) != value:
+            raise ValueError(
+                f"checkpoint {path} was trained with {key} {state['identity'].get(key)}, not {value} as here: "
+                "the order of samples cannot be continued. Restore it, or start another run (name=…) with checkpoint=…"
+            )
+    expected = dict(engine.shapes())
+    with safe_open(path / "model.safetensors", framework="pt") as model:
+        saved = {name: tuple(model.get_slice(name).get_shape()) for name in model.keys()}  # noqa: SIM118
+        if saved != expected:
+            name = next(name for name in {**expected, **saved} if saved.get(name) != expected.get(name))
+            raise ValueError(
+                f"checkpoint {path} is of another model: {name} has shape {saved.get(name, 'none')} there and "
+                f"{expected.get(name, 'none')} here. Give the run another name=…, or its directory back its model"
+            )
+        with safe_open(path / "optimizer.safetensors", framework="pt") as optimizer:
+            engine.load(model.get_tensor, optimizer.get_tensor, step=state["step"])
+    assert isinstance(state, dict)
+    return state
+
+
+def weights_file(path: str | Path) -> Path:
+    """The file that a user's path means: itself, that of a checkpoint, or that of a run directory's newest one."""
+    path = Path(path)
+    if (path / "model.safetensors").exists():
+        return path / "model.safetensors"
+    newest = [checkpoint for checkpoint in _newest_first(path) if verify(checkpoint) is None] if path.is_dir() else []
+    if path.is_dir() and not newest:
+        raise ValueError(
+            f"checkpoint {path}: this directory holds no complete checkpoint; is the run's training finished?"
+        )
+    return newest[0] / "model.safetensors" if newest else path
+
+
+def _newest_first(run_dir: Path) -> list[Path]:
+    return sorted((run_dir / FOLDER).glob("step_*"), reverse=True)
+
+
+def _write_tensors(tensors: Iterable[tuple[str, Tensor]], path: Path, metadata: dict[str, str], writes: bool) -> None:
+    """Gather on all ranks; rank 0 keeps and writes."""
+    gathered = {}
+    for name, tensor in tensors:
+        if writes:
+            gathered[name] = tensor.contiguous()
+    if writes:
+        save_file(gathered, path, metadata)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """Bring a file's content, or a directory's entries, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

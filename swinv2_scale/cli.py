@@ -1,0 +1,155 @@
+"""The command line: `swinv2-scale data|report …`.
+
+Each command is one `_add_…` function that declares its arguments, and one `_…` function that runs it and returns the
+exit code. Heavy modules are imported where they are used, so that `--help` answers at once. A ValueError is the user's
+to solve: it becomes one line on standard error and exit code 2.
+"""
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command `argv` (default: the process's arguments) and returns its exit code."""
+    parser = argparse.ArgumentParser(prog="swinv2-scale", description="Tools around training Swin Transformer V2.")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    _add_data(commands)
+    _add_report(commands)
+    arguments = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        return int(arguments.run(arguments))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _add_data(commands: Any) -> None:
+    data = commands.add_parser("data", help="pack, check and list data sets of shards")
+    actions = data.add_subparsers(metavar="ACTION", required=True)
+
+    pack = actions.add_parser("pack", help="pack images into shards with a manifest")
+    pack.add_argument(
+        "source", help="SOURCE/class/name.jpg tree; with --format demo: photographs/train, digits/train, …"
+    )
+    pack.add_argument("destination", type=Path, help="directory to create")
+    pack.add_argument("--format", choices=("imagefolder", "demo"), default="imagefolder")
+    pack.add_argument("--shard-size", default="256MB", help="bytes such as 256MB, or a number of samples")
+    pack.add_argument("--seed", type=int, default=0, help="of the shuffle before packing")
+    pack.set_defaults(run=_data_pack)
+
+    index = actions.add_parser("index", help="write the manifest of tar shards that have none")
+    index.add_argument("directory", type=Path)
+    index.set_defaults(run=_data_index)
+
+    verify = actions.add_parser("verify", help="hash every shard and decode every sample; exit code 1 if any is wrong")
+    verify.add_argument("manifest", help="manifest.json, its directory, or tar files")
+    verify.set_defaults(run=_data_verify)
+
+    stats = actions.add_parser("stats", help="counts and sizes as JSON")
+    stats.add_argument("manifest", help="manifest.json, its directory, or tar files")
+    stats.set_defaults(run=_data_stats)
+
+    order = actions.add_parser("order", help="list the samples that a rank reads in each step, one JSON line a step")
+    order.add_argument("manifest", help="manifest.json, its directory, or tar files")
+    order.add_argument("--seed", type=int, default=0)
+    order.add_argument("--global-batch", type=int, required=True)
+    order.add_argument("--micro-batch", type=int, help="default: one pass, global batch / world")
+    order.add_argument("--world", type=int, default=1)
+    order.add_argument("--rank", type=int, default=0)
+    order.add_argument("--epoch", type=int, default=0)
+    order.add_argument("--start-step", type=int, default=0, help="counted from the start of the epoch")
+    order.add_argument("--steps", type=int, help="default: to the end of the epoch")
+    order.set_defaults(run=_data_order)
+
+
+def _data_pack(arguments: argparse.Namespace) -> int:
+    from swinv2_scale.data.shards import pack
+
+    manifest = pack(
+        arguments.source,
+        arguments.destination,
+        format=arguments.format,
+        shard_size=arguments.shard_size,
+        seed=arguments.seed,
+    )
+    print(
+        f"{len(manifest)} samples in {len(manifest.shards)} shard(s), {len(manifest.classes)} classes: {manifest.root}"
+    )
+    return 0
+
+
+def _data_index(arguments: argparse.Namespace) -> int:
+    from swinv2_scale.data.shards import index
+
+    manifest = index(arguments.directory)
+    print(f"{len(manifest)} samples in {len(manifest.shards)} shard(s): {manifest.root}")
+    return 0
+
+
+def _data_verify(arguments: argparse.Namespace) -> int:
+    from swinv2_scale.data.manifest import open_manifest
+    from swinv2_scale.data.shards import verify
+
+    manifest = open_manifest(arguments.manifest)
+    problems = verify(manifest)
+    for problem in problems:
+        print(problem)
+    print(f"{len(manifest)} samples in {len(manifest.shards)} shard(s): {len(problems)} problem(s)")
+    return 1 if problems else 0
+
+
+def _data_stats(arguments: argparse.Namespace) -> int:
+    from swinv2_scale.data.manifest import open_manifest
+    from swinv2_scale.data.shards import stats
+
+    print(json.dumps(stats(open_manifest(arguments.manifest)), indent=1, ensure_ascii=False))
+    return 0
+
+
+def _data_order(arguments: argparse.Namespace) -> int:
+    from swinv2_scale.data.manifest import open_manifest
+    from swinv2_scale.data.shards import read_sample
+    from swinv2_scale.data.stream import Order
+
+    manifest = open_manifest(arguments.manifest)
+    order = Order(len(manifest), arguments.seed, arguments.global_batch)
+    micro_batch = arguments.micro_batch or arguments.global_batch // arguments.world
+    if not micro_batch or arguments.global_batch % (arguments.world * micro_batch):
+        raise ValueError(
+            f"--global-batch {arguments.global_batch} is no multiple of --world {arguments.world} x micro-batch "
+            f"{micro_batch}; choose numbers that divide it"
+        )
+    if not 0 <= arguments.rank < arguments.world:
+        raise ValueError(f"--rank {arguments.rank} is not one of 0 to {arguments.world - 1}, the ranks of --world")
+    begin = arguments.epoch * order.steps_per_epoch + arguments.start_step
+    steps = order.steps_per_epoch - arguments.start_step if arguments.steps is None else arguments.steps
+    for step in range(begin, begin + steps):
+        parts = order.micro_batches(step, arguments.rank, arguments.world, micro_batch)
+        keys = [read_sample(manifest, index)[0] for part in parts for index in part.tolist()]
+        print(json.dumps({"step": step, "keys": keys}, ensure_ascii=False))
+    return 0
+
+
+def _add_report(commands: Any) -> None:
+    report = commands.add_parser("report", help="write report.html of finished or running runs")
+    report.add_argument("run_dir", type=Path, nargs="+")
+    report.set_defaults(run=_report)
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from swinv2_scale.report import headline, write_report
+
+    for run_dir in arguments.run_dir:
+        path = write_report(run_dir)
+        print(f"{headline(run_dir)}\n{path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

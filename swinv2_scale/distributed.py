@@ -1,0 +1,126 @@
+"""Ranks, device and collectives. The only module that imports torch.distributed.
+
+`deepspeed`, `torchrun`, `srun python` and plain `python` all end here: the rank comes from RANK, else from
+SLURM_PROCID, else there is one process.
+"""
+
+import os
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+
+# Rank, world and local rank, as the launchers of this list spell them, in order of preference.
+ENVIRONMENTS = (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"))
+
+
+def rank() -> int:
+    """Number of this process in the run, from 0."""
+    return _from_environment(0, default=0)
+
+
+def world_size() -> int:
+    """Number of processes of the run."""
+    return _from_environment(1, default=1)
+
+
+def local_rank() -> int:
+    """Number of this process on its host, which is the number of its accelerator."""
+    return _from_environment(2, default=0)
+
+
+def device() -> torch.device:
+    """This process's accelerator, or the CPU where there is none."""
+    return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+@contextmanager
+def process_group(timeout_minutes: float) -> Iterator[None]:
+    """Join the other ranks for the length of a with-block.
+
+    timeout_minutes bounds how long a collective waits for a rank that died. Raises ValueError when several ranks are
+    announced without the address of the first.
+    """
+    if world_size() == 1:
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    elif "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
+        raise ValueError("several ranks, but MASTER_ADDR and MASTER_PORT are not set: start with deepspeed or torchrun")
+    # DeepSpeed reads these three itself and would look for MPI without them.
+    os.environ.update(RANK=str(rank()), WORLD_SIZE=str(world_size()), LOCAL_RANK=str(local_rank()))
+    if device().type == "cuda":
+        torch.cuda.set_device(device())
+    else:  # ranks of one host share its cores
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
+    backend = "nccl" if device().type == "cuda" else "gloo"
+    dist.init_process_group(backend, rank=rank(), world_size=world_size(), timeout=timedelta(minutes=timeout_minutes))
+    yield
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def end_process(code: int) -> NoReturn:
+    """Leave without the interpreter's tear-down, where gloo's threads abort about one complete run in ten."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def to_device(batch: dict[str, Any]) -> dict[str, Any]:
+    """A batch whose tensors lie on this rank's device; the copy does not wait."""
+    target = device()
+    return {k: v.to(target, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    dist.barrier()
+
+
+def sum_over_ranks(values: dict[str, float]) -> dict[str, float]:
+    """Sums over all ranks, in float64. All ranks must pass the same keys."""
+    return _reduced(values, dist.ReduceOp.SUM)
+
+
+def max_over_ranks(values: dict[str, float]) -> dict[str, float]:
+    """Maxima over all ranks, in float64. All ranks must pass the same keys."""
+    return _reduced(values, dist.ReduceOp.MAX)
+
+
+def from_rank_0(value: Any) -> Any:
+    """Rank 0's value (any picklable object), on every rank."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gathered(value: Any) -> list[Any]:
+    """Every rank's value (any picklable object), in rank order, on every rank."""
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _reduced(values: dict[str, float], operation: Any) -> dict[str, float]:
+    on_device = torch.tensor([float(value) for value in values.values()], dtype=torch.float64, device=device())
+    dist.all_reduce(on_device, operation)
+    return dict(zip(values, on_device.tolist(), strict=True))
+
+
+def _from_environment(position: int, default: int) -> int:
+    for names in ENVIRONMENTS:
+        if all(name in os.environ for name in names):
+            return int(os.environ[names[position]])
+    return default
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

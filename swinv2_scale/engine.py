@@ -1,0 +1,262 @@
+"""The training engine: DeepSpeed, configured in one pure function. The only module that imports deepspeed.
+
+Precision. In bf16 the large weights are bfloat16 and everything that must stay exact (FLOAT32) is float32; ZeRO keeps
+float32 master weights and accumulates float32 gradients for both. The cast is ours, so DeepSpeed is told of float32:
+its own bf16 mode would cast logit_scale and the position bias too, which turns a scale of 100 into 98.4 or 101.6.
+"""
+
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from swinv2_scale import distributed
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed probes for accelerators, with warnings
+
+import deepspeed
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+)
+
+PRECISIONS = ("fp32", "bf16")
+# Parameters that stay float32 whatever the precision: scales, the position bias network, norms.
+FLOAT32 = re.compile(r"(^|\.)(logit_scale|cpb_mlp\.\d+\.\w+|\w*norm\d?\.\w+)$")
+
+
+def batch_arithmetic(global_batch: int, micro_batch: int, world_size: int) -> int:
+    """Accumulation steps so that micro_batch · accumulation · world_size = global_batch.
+
+    Raises ValueError that proposes values when there is no such number.
+    """
+    if min(global_batch, micro_batch) < 1:
+        raise ValueError(f"global_batch={global_batch} and micro_batch={micro_batch} must be positive")
+    accumulation, rest = divmod(global_batch, micro_batch * world_size)
+    if rest == 0 and accumulation > 0:
+        return accumulation
+    lower = global_batch // (micro_batch * world_size) * micro_batch * world_size
+    proposals = [f"global_batch={lower}"] if lower else []
+    proposals.append(f"global_batch={lower + micro_batch * world_size}")
+    if global_batch % world_size == 0:
+        per_rank = global_batch // world_size
+        fitting = max(size for size in range(1, min(micro_batch, per_rank) + 1) if per_rank % size == 0)
+        proposals.append(f"micro_batch={fitting}")
+    raise ValueError(
+        f"global_batch={global_batch} is not micro_batch={micro_batch} x world size {world_size} x a whole number of "
+        f"accumulation steps. Try {' or '.join(proposals)}"
+    )
+
+
+def deepspeed_config(
+    *,
+    global_batch: int,
+    micro_batch: int,
+    world_size: int,
+    zero_stage: int,
+    precision: str,
+    gradient_clip: float,
+    reduce_bucket_size: int,
+    allgather_bucket_size: int,
+    overlap_comm: bool,
+) -> dict[str, Any]:
+    """The whole DeepSpeed configuration. Pure; nothing that matters is left to defaults, which have moved before.
+
+    Batches in images, bucket sizes in elements, gradient_clip is the largest global norm (0: no clipping).
+    Raises ValueError for impossible batch arithmetic and unknown stages or precisions.
+    """
+    if zero_stage not in (0, 1, 2):
+        raise ValueError(f"parallel.zero_stage must be 0, 1 or 2, got {zero_stage}")
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    if precision == "bf16" and zero_stage == 0:
+        raise ValueError(
+            "precision=bf16 needs the float32 master weights that ZeRO keeps: use parallel=zero1, which on one rank "
+            "takes the same memory, or precision=fp32"
+        )
+    return {
+        "train_batch_size": global_batch,
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": batch_arithmetic(global_batch, micro_batch, world_size),
+        "gradient_clipping": gradient_clip,
+        "bf16": {"enabled": False},  # see the head of this file
+        "fp16": {"enabled": False},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "prescale_gradients": False,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {
+            "stage": zero_stage,
+            # On CPU one of these two must be on, or ranks are not averaged (DeepSpeed issue 8382).
+            "contiguous_gradients": True,
+            "reduce_scatter": True,
+            "reduce_bucket_size": reduce_bucket_size,
+            "allgather_bucket_size": allgather_bucket_size,
+            "overlap_comm": overlap_comm,
+        },
+        "steps_per_print": 2**31,  # our telemetry reports
+        "wall_clock_breakdown": False,
+    }
+
+
+def cast(model: nn.Module, precision: str) -> None:
+    """Give each parameter its training type, in place."""
+    if precision == "bf16":
+        for name, parameter in model.named_parameters():
+            if not FLOAT32.search(name):
+                parameter.data = parameter.data.to(torch.bfloat16)
+
+
+class Engine:
+    """A model that trains: DeepSpeed's engine behind the few calls that the loop and the checkpoints need.
+
+    Parameters and optimiser states are read and written whole, by parameter name, whatever the ZeRO stage and the
+    number of ranks. Reading them is collective: every rank must take part, in the same order.
+    """
+
+    def __init__(
+        self, model: nn.Module, groups: list[dict[str, Any]], optimizer: Callable[..., Any], ds_config: dict[str, Any]
+    ) -> None:
+        # The shared-memory collectives compile for a minute, leave 69 MB per run in /dev/shm, and are not needed.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        self.model = model.to(distributed.device())
+        self.accumulation = ds_config["gradient_accumulation_steps"]
+        self._names = {parameter: name for name, parameter in model.named_parameters()}
+        self._deepspeed, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer(_one_type_each(groups)), config=ds_config
+        )
+        self._zero = ds_config["zero_optimization"]["stage"] > 0
+        self._base = self._deepspeed.optimizer.optimizer if self._zero else self._deepspeed.optimizer
+        self._allocate_optimizer_state()
+
+    def step(
+        self, micro_batches: Iterable[dict[str, Any]], loss: Callable[[Any, dict[str, Any]], Tensor], lr: float
+    ) -> Tensor:
+        """One optimiser step over `accumulation` micro-batches. Returns this rank's mean loss, still on the device."""
+        self.model.train()
+        for group in self._base.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+        total = torch.zeros((), device=distributed.device())
+        count = 0
+        for batch in micro_batches:
+            value = loss(self._deepspeed, distributed.to_device(batch))
+            self._deepspeed.backward(value)
+            self._deepspeed.step()
+            total += value.detach()
+            count += 1
+        if count != self.accumulation:
+            raise RuntimeError(f"a step takes {self.accumulation} micro-batches, the stream gave {count}")
+        return total / count
+
+    def gradient_norm(self) -> float | None:
+        """Global norm of the last step's gradients before clipping; None under ZeRO 0, which does not keep it."""
+        norm = self._deepspeed.get_global_grad_norm()
+        return None if norm is None or not self._zero else float(norm)
+
+    def shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Name and shape of every trainable parameter."""
+        return ((name, tuple(parameter.shape)) for parameter, name in self._trainable())
+
+    def parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """Every trainable parameter by name as float32 on the CPU: the master weights. Collective."""
+        for parameter, name in self._trainable():
+            yield name, (safe_get_full_fp32_param(parameter) if self._zero else parameter.detach()).cpu()
+
+    def optimizer_state(self) -> Iterator[tuple[str, Tensor]]:
+        """Every optimiser state as (state.name, float32 on the CPU), for example exp_avg.norm.weight. Collective."""
+        for parameter, name in self._trainable():
+            for key in self._state_keys:
+                value = (
+                    safe_get_full_optimizer_state(parameter, key) if self._zero else self._base.state[parameter][key]
+                )
+                yield f"{key}.{name}", value.cpu()
+
+    def load(self, parameter: Callable[[str], Tensor], state: Callable[[str], Tensor] | None, step: int) -> None:
+        """Set master weights and, unless state is None, optimiser states from functions of their names.
+
+        step: optimiser steps taken so far, for Adam's bias correction.
+        """
+        with torch.no_grad():
+            for target, name in self._trainable():
+                value = parameter(name).to(distributed.device())
+                if self._zero:
+                    safe_set_full_fp32_param(target, value)
+                else:
+                    target.copy_(value)
+                if state is None:
+                    continue
+                for key in self._state_keys:
+                    value = state(f"{key}.{name}").to(distributed.device())
+                    if self._zero:
+                        safe_set_full_optimizer_state(target, value, key)
+                    else:
+                        self._base.state[target][key].copy_(value)
+            for values in self._base.state.values():
+                if "step" in values:
+                    values["step"].fill_(step)
+            if self._zero:
+                self._deepspeed.optimizer.update_lp_params()
+
+    def _trainable(self) -> Iterator[tuple[nn.Parameter, str]]:
+        return ((parameter, name) for parameter, name in self._names.items() if parameter.requires_grad)
+
+    def _allocate_optimizer_state(self) -> None:
+        """Create the optimiser's states now, as its first step would: so a checkpoint can be loaded into them."""
+        self._state_keys = STATES[type(self._base).__name__]
+        for group in self._base.param_groups:
+            for parameter in group["params"]:
+                state = self._base.state[parameter]
+                state["step"] = torch.zeros((), device=parameter.device if group.get("fused") else "cpu")
+                state.update({key: torch.zeros_like(parameter) for key in self._state_keys})
+        if self._zero:
+            self._deepspeed.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+# Per-parameter tensors that each optimiser keeps.
+STATES = {"AdamW": ("exp_avg", "exp_avg_sq")}
+
+
+def build_engine(
+    model: nn.Module,
+    groups: list[dict[str, Any]],
+    *,
+    betas: tuple[float, float],
+    eps: float,
+    precision: str,
+    ds_config: dict[str, Any],
+) -> Engine:
+    """An Engine with AdamW over parameter groups that carry weight_decay and lr_scale.
+
+    The model is cast in place; the master weights keep the float32 values that it had.
+    """
+    originals = {name: p.detach().clone() for name, p in model.named_parameters()} if precision != "fp32" else {}
+    cast(model, precision)
+
+    def optimizer(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=True)
+
+    engine = Engine(model, groups, optimizer, ds_config)
+    if originals:
+        engine.load(originals.__getitem__, None, step=0)
+    return engine
+
+
+def _one_type_each(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Split groups by parameter type, low precision first.
+
+    ZeRO flattens a group into one buffer, and the first group's type tells it whether gradients need a float32 buffer.
+    """
+    split = []
+    for dtype in (torch.bfloat16, torch.float32):
+        for group in groups:
+            chosen = [(p, n) for p, n in zip(group["params"], group["names"], strict=True) if p.dtype == dtype]
+            if chosen:
+                parameters, names = zip(*chosen, strict=True)
+                split.append({**group, "params": list(parameters), "names": list(names)})
+    return split

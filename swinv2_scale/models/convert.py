@@ -1,0 +1,118 @@
+"""Weights from a file into a model: released naming, with or without a SimMIM encoder's prefix.
+
+Files are read as safetensors, or with torch.load(weights_only=True): nothing in them is executed.
+"""
+
+import json
+import pickle
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from swinv2_scale.models.swin_v2 import SwinTransformerV2
+
+# Tables, indices and masks that others save: they belong to one window and image size, and are derived.
+DERIVED = re.compile(r"(relative_position_index|relative_coords_table|attn_mask)$")
+
+
+@dataclass
+class Report:
+    """What became of each tensor of a checkpoint. `fresh` are parameters of the model that it did not have."""
+
+    path: Path
+    loaded: list[str] = field(default_factory=list)
+    renamed: list[str] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
+    fresh: list[str] = field(default_factory=list)
+    pretrained_windows: list[list[int]] | None = None
+
+    def __str__(self) -> str:
+        lines = [f"{self.path}: {len(self.loaded)} tensors loaded"]
+        for name in ("renamed", "dropped", "fresh"):
+            values = getattr(self, name)
+            if values:
+                lines.append(f"  {name} {len(values)}: {', '.join(values[:4])}{' …' if len(values) > 4 else ''}")
+        if self.pretrained_windows:
+            lines.append(f"  position bias measured in windows of {self.pretrained_windows}")
+        return "\n".join(lines)
+
+
+def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of a file. Raises ValueError that says what is wrong with the file."""
+    if not path.is_file():
+        raise ValueError(f"checkpoint {path}: there is no such file")
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, framework="pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"checkpoint {path} is damaged or no safetensors file: {error}") from error
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(f"checkpoint {path} cannot be read without executing code from it: {reason}") from error
+    tensors = content.get("model", content) if isinstance(content, dict) else {}
+    if not tensors or not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise ValueError(f"checkpoint {path} holds no model weights: expected tensors by name, or those under 'model'")
+    return tensors, {}
+
+
+def load_checkpoint(model: SwinTransformerV2, path: str | Path) -> Report:
+    """Load weights into a backbone, in place. The head may differ in classes: then it stays fresh.
+
+    Weights of another window or image size fit, because the position bias is a function of coordinates; a file of ours
+    also says in which window's units they are measured. Raises ValueError for a file that cannot be read, and for the
+    checkpoint of another model, naming the first tensor that differs.
+    """
+    report = Report(Path(path))
+    tensors, metadata = read_checkpoint(report.path)
+    if any(name.startswith("encoder.") for name in tensors):
+        report.dropped += [name for name in tensors if not name.startswith("encoder.")]
+        report.renamed.append("encoder.* -> *")
+        tensors = {name.removeprefix("encoder."): t for name, t in tensors.items() if name.startswith("encoder.")}
+    if any(".rpe_mlp." in name for name in tensors):
+        report.renamed.append("rpe_mlp -> cpb_mlp")
+        tensors = {name.replace(".rpe_mlp.", ".cpb_mlp."): tensor for name, tensor in tensors.items()}
+    own = {name: parameter for name, parameter in model.named_parameters()}
+    for name, tensor in tensors.items():
+        if (
+            DERIVED.search(name)
+            or name == "mask_token"
+            or (name.startswith("head.") and not _fits(own.get(name), tensor))
+        ):
+            report.dropped.append(name)
+        elif not _fits(own.get(name), tensor):
+            ours = f"has {name} with shape {tuple(own[name].shape)}" if name in own else f"has no {name}"
+            raise ValueError(
+                f"checkpoint {path} is of another model: it has {name} with shape {tuple(tensor.shape)}, "
+                f"this model {ours}. Choose the one that was saved (embed_dim, depths, num_heads){_saved_as(metadata)}"
+            )
+        else:
+            report.loaded.append(name)
+    report.fresh = [name for name in own if name not in report.loaded]
+    missing = [name for name in report.fresh if not name.startswith("head.")]
+    if missing:
+        raise ValueError(f"checkpoint {path} is of another model: it lacks {missing[0]} and {len(missing) - 1} more")
+    with torch.no_grad():
+        for name in report.loaded:
+            own[name].copy_(tensors[name])
+    if "pretrained_windows" in metadata:
+        report.pretrained_windows = json.loads(metadata["pretrained_windows"])
+        model.pretrained_windows = report.pretrained_windows
+    return report
+
+
+def _fits(parameter: nn.Parameter | None, tensor: Tensor) -> bool:
+    return parameter is not None and parameter.shape == tensor.shape
+
+
+def _saved_as(metadata: dict[str, str]) -> str:
+    if "model" not in metadata:
+        return ""
+    saved = json.loads(metadata["model"])
+    return ": it was saved with " + ", ".join(f"{key}={saved[key]}" for key in ("embed_dim", "depths", "num_heads"))

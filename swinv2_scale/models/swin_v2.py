@@ -1,0 +1,333 @@
+"""Swin Transformer V2 (https://arxiv.org/abs/2111.09883), with the constants of the released code.
+
+The model knows nothing of training: activation checkpointing, sequential attention and precision are applied from
+outside. Feature maps stay (B, Y, X, C) throughout; B images, Y X rows and columns, C channels, H heads, D head width.
+
+    SwinTransformerV2: patch_embed -> layers (stages) -> norm -> mean over the map -> head
+    Stage:             blocks -> downsample (patch merging)
+    Block:             x + norm1(attn(x)), x + norm2(mlp(x))              residual post-norm
+    WindowAttention:   qkv -> cosine_window_attention(…, bias table) -> proj
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from swinv2_scale.models.position_bias import PositionBias
+from swinv2_scale.ops import cosine_window_attention
+from swinv2_scale.ops.windows import fit_window
+
+PATCH = 4  # pixels per axis; every released model has it
+
+
+class LayerNorm(nn.LayerNorm):
+    """Normalises in the type of its weights (float32 in mixed precision) and returns the type of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
+
+
+class DropPath(nn.Module):
+    """Drops the whole branch for a random share of the images, and scales the rest to keep the mean."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.rate == 0.0:
+            return x
+        keep = torch.rand(len(x), *[1] * (x.dim() - 1), device=x.device) >= self.rate
+        return x * keep.to(x.dtype) / (1.0 - self.rate)
+
+
+class WindowAttention(nn.Module):
+    """Cosine attention inside windows with a log-spaced position bias. The key has no bias: it would turn k."""
+
+    def __init__(self, channels: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.implementation = "auto"  # of the operator; models/memory.py changes it
+        self.logit_scale = nn.Parameter(torch.empty(num_heads, 1, 1))
+        self.cpb_mlp = PositionBias(num_heads)
+        self.qkv = nn.Linear(channels, 3 * channels, bias=False)
+        self.q_bias = nn.Parameter(torch.empty(channels))
+        self.v_bias = nn.Parameter(torch.empty(channels))
+        self.proj = nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor, window: Sequence[int], shift: Sequence[int], reference: Sequence[int]) -> Tensor:
+        """(B, Y, X, C) -> (B, Y, X, C). `reference` is the window in whose units the bias measures distance."""
+        bias = torch.cat((self.q_bias, torch.zeros_like(self.v_bias), self.v_bias))
+        qkv = F.linear(x, self.qkv.weight, bias).unflatten(-1, (3, self.num_heads, -1))
+        bias_table = self.cpb_mlp(window, reference)
+        logit_scale = self.logit_scale.flatten().to(bias_table.dtype)
+        out = cosine_window_attention(
+            qkv, logit_scale, bias_table, window=window, shift=shift, implementation=self.implementation
+        )
+        return self.proj(out)
+
+
+class Mlp(nn.Module):
+    """Two linear layers with GELU between them."""
+
+    def __init__(self, channels: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(channels, hidden)
+        self.fc2 = nn.Linear(hidden, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Attention and MLP with residual post-norm; the norms of a fresh block are zero, so that it is the identity."""
+
+    def __init__(
+        self,
+        channels: int,
+        num_heads: int,
+        *,
+        window: Sequence[int],
+        shifted: bool,
+        reference: Sequence[int],
+        mlp_ratio: float,
+        drop_path_rate: float,
+        extra_norm: bool,
+    ) -> None:
+        super().__init__()
+        self.window, self.reference_window = list(window), list(reference)
+        self.shift = [w // 2 if shifted else 0 for w in window]
+        self.attn = WindowAttention(channels, num_heads)
+        self.norm1 = LayerNorm(channels)
+        self.mlp = Mlp(channels, int(channels * mlp_ratio))
+        self.norm2 = LayerNorm(channels)
+        self.drop_path = DropPath(drop_path_rate)
+        self.enorm = LayerNorm(channels) if extra_norm else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, Y, X, C) -> (B, Y, X, C)"""
+        window, shift = fit_window(x.shape[1:3], self.window, self.shift)
+        x = x + self.drop_path(self.norm1(self.attn(x, window, shift, self.reference_window)))
+        x = x + self.drop_path(self.norm2(self.mlp(x)))
+        return self.enorm(x)
+
+
+class PatchMerging(nn.Module):
+    """Halves the map and doubles the channels: concatenate 2×2 neighbours, linear 4C -> 2C, then LayerNorm."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.reduction = nn.Linear(4 * channels, 2 * channels, bias=False)
+        self.norm = LayerNorm(2 * channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, Y, X, C) -> (B, ceil(Y/2), ceil(X/2), 2C); an odd map gets a zero row or column at its end."""
+        rows, columns = x.shape[1:3]
+        if rows % 2 or columns % 2:
+            x = F.pad(x, (0, 0, 0, columns % 2, 0, rows % 2))
+        neighbours = [x[:, row::2, column::2] for row, column in ((0, 0), (1, 0), (0, 1), (1, 1))]
+        return self.norm(self.reduction(torch.cat(neighbours, dim=-1)))
+
+
+class Stage(nn.Module):
+    """Blocks at one resolution, then patch merging (except after the last stage)."""
+
+    def __init__(self, blocks: list[Block], downsample: PatchMerging | None) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.downsample = downsample
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The stage's feature map, and what the next stage receives."""
+        for block in self.blocks:
+            x = block(x)
+        return x, x if self.downsample is None else self.downsample(x)
+
+
+class PatchEmbed(nn.Module):
+    """4×4 patches to channels, then LayerNorm. The image is completed with zeros to a multiple of the patch."""
+
+    def __init__(self, in_channels: int, channels: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, channels, PATCH, PATCH)
+        self.norm = LayerNorm(channels)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, in_channels, Y, X) -> (B, ceil(Y/4), ceil(X/4), C), in the type of the weights."""
+        if images.dim() != 4 or images.shape[1] != self.proj.in_channels:
+            expected = f"(B, {self.proj.in_channels}, Y, X)"
+            raise ValueError(f"images must be {expected}, got shape {tuple(images.shape)}; see in_channels")
+        rows, columns = images.shape[2:]
+        if rows % PATCH or columns % PATCH:
+            images = F.pad(images, (0, -columns % PATCH, 0, -rows % PATCH))
+        return self.norm(self.proj(images.to(self.proj.weight.dtype)).permute(0, 2, 3, 1))
+
+
+class SwinTransformerV2(nn.Module):
+    """The backbone, with a linear classifier when num_classes is not 0.
+
+    window_size and pretrained_window_size: an integer, a pair (rows, columns), or a list with one of either per stage.
+    pretrained_window_size null: the windows that this model has at image_size. Windows larger than a feature map
+    shrink to it at run time, per axis, so any image size can be passed to forward.
+    weight_init: "released" (norm1 and norm2 start at 0), or "research" (they start at 1e-5, and proj and fc2 are
+    scaled down by sqrt(2 · block number)). Raises ValueError for arguments that do not fit together.
+    """
+
+    def __init__(
+        self,
+        *,
+        in_channels: int,
+        embed_dim: int,
+        depths: Sequence[int],
+        num_heads: Sequence[int],
+        window_size: int | Sequence[int | Sequence[int]],
+        pretrained_window_size: int | Sequence[int | Sequence[int]] | None,
+        mlp_ratio: float,
+        drop_path_rate: float,
+        extra_norm_period: int,
+        absolute_pos_embed: bool,
+        num_classes: int,
+        image_size: int | Sequence[int],
+        weight_init: str,
+    ) -> None:
+        super().__init__()
+        stages = len(depths)
+        if len(num_heads) != stages or min(depths) < 1:
+            raise ValueError(f"depths {list(depths)} must be positive, and num_heads {list(num_heads)} as many")
+        if not 0.0 <= drop_path_rate < 1.0:
+            raise ValueError(f"drop_path_rate must be at least 0 and below 1, got {drop_path_rate}")
+        self.widths = [embed_dim * 2**i for i in range(stages)]
+        for width, heads in zip(self.widths, num_heads, strict=True):
+            if width % heads:
+                raise ValueError(f"num_heads: {heads} does not divide the {width} channels of its stage")
+        grid = [math.ceil(size / PATCH) for size in _pair("image_size", image_size)]
+        windows = per_stage("window_size", window_size, stages)
+        references = None
+        if pretrained_window_size is not None:
+            references = per_stage("pretrained_window_size", pretrained_window_size, stages)
+        rates = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist()
+
+        self.patch_embed = PatchEmbed(in_channels, embed_dim)
+        self.absolute_pos_embed = (
+            nn.Parameter(torch.empty(1, math.prod(grid), embed_dim)) if absolute_pos_embed else None
+        )
+        self.absolute_grid = grid
+        self.layers = nn.ModuleList()
+        for i, depth in enumerate(depths):
+            fitted = [min(w, math.ceil(g / 2**i)) for w, g in zip(windows[i], grid, strict=True)]
+            blocks = [
+                Block(
+                    self.widths[i],
+                    num_heads[i],
+                    window=windows[i],
+                    shifted=b % 2 == 1,
+                    reference=fitted if references is None else references[i],
+                    mlp_ratio=mlp_ratio,
+                    drop_path_rate=rates[sum(depths[:i]) + b],
+                    extra_norm=extra_norm_period > 0 and (b + 1) % extra_norm_period == 0,
+                )
+                for b in range(depth)
+            ]
+            self.layers.append(Stage(blocks, PatchMerging(self.widths[i]) if i < stages - 1 else None))
+        self.norm = LayerNorm(self.widths[-1])
+        self.head = nn.Linear(self.widths[-1], num_classes) if num_classes else nn.Identity()
+        init_weights(self, weight_init)
+
+    @property
+    def pretrained_windows(self) -> list[list[int]]:
+        """Per stage, the window in whose units the position bias measures distance. It travels with the weights."""
+        return [blocks[0].reference_window for blocks in self.blocks()]
+
+    @pretrained_windows.setter
+    def pretrained_windows(self, references: Sequence[Sequence[int]]) -> None:
+        for blocks, reference in zip(self.blocks(), references, strict=True):
+            for block in blocks:
+                block.reference_window = list(reference)
+
+    def blocks(self) -> list[list[Block]]:
+        """The blocks of each stage."""
+        return [[block for block in stage.modules() if isinstance(block, Block)] for stage in self.layers]
+
+    def add_position(self, x: Tensor) -> Tensor:
+        """Embedded patches (B, Y/4, X/4, C) with their absolute position, if the model has one."""
+        if self.absolute_pos_embed is None:
+            return x
+        if list(x.shape[1:3]) != self.absolute_grid:
+            grid, size = tuple(x.shape[1:3]), [g * PATCH for g in self.absolute_grid]
+            raise ValueError(f"absolute_pos_embed fits images of {size} pixels only, got a map of {grid} patches")
+        return x + self.absolute_pos_embed.unflatten(1, self.absolute_grid)
+
+    def forward_stages(self, x: Tensor) -> list[Tensor]:
+        """The feature map of each stage, from embedded patches (B, Y/4, X/4, C)."""
+        maps = []
+        for stage in self.layers:
+            feature_map, x = stage(x)
+            maps.append(feature_map)
+        return maps
+
+    def forward_features(self, images: Tensor) -> list[Tensor]:
+        """(B, in_channels, Y, X) -> one map (B, Y/s, X/s, C·s/4) per stage, s = 4, 8, 16, 32, before the final norm."""
+        return self.forward_stages(self.add_position(self.patch_embed(images)))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, in_channels, Y, X), any Y and X -> logits (B, num_classes), or pooled features when num_classes is 0."""
+        return self.head(self.norm(self.forward_features(images)[-1]).mean(dim=(1, 2)))
+
+
+def init_weights(model: SwinTransformerV2, scheme: str) -> None:
+    """Initialise every parameter; whatever is forgotten here stays NaN and shows at the first forward.
+
+    linear weights, absolute_pos_embed   truncated normal, std 0.02
+    biases                               0
+    LayerNorm                            weight 1, bias 0; norm1 and norm2 of every block: weight and bias 0
+    logit_scale                          log 10
+    patch convolution                    PyTorch's default
+    scheme "research"                    norm1 and norm2 weights 1e-5; proj and fc2 weights / sqrt(2 · block number)
+    """
+    if scheme not in ("released", "research"):
+        raise ValueError(f"weight_init must be 'released' or 'research', got {scheme!r}")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(math.nan)
+        for module in model.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, (nn.LayerNorm, nn.Conv2d)):
+                module.reset_parameters()
+            elif isinstance(module, WindowAttention):
+                module.logit_scale.fill_(math.log(10))
+                nn.init.zeros_(module.q_bias)
+                nn.init.zeros_(module.v_bias)
+        if model.absolute_pos_embed is not None:
+            nn.init.trunc_normal_(model.absolute_pos_embed, std=0.02)
+        for number, block in enumerate((block for blocks in model.blocks() for block in blocks), start=1):
+            for norm in (block.norm1, block.norm2):
+                nn.init.zeros_(norm.bias)
+                nn.init.constant_(norm.weight, 0.0 if scheme == "released" else 1e-5)
+            if scheme == "research":
+                block.attn.proj.weight.div_(math.sqrt(2 * number))
+                block.mlp.fc2.weight.div_(math.sqrt(2 * number))
+
+
+def per_stage(name: str, value: int | Sequence[int | Sequence[int]], stages: int) -> list[list[int]]:
+    """One (rows, columns) per stage, from an integer, a pair, or a list with one of either per stage.
+
+    Two integers for a model of two stages could mean either: they are a pair.
+    """
+    if isinstance(value, int) or (len(value) == 2 and all(isinstance(v, int) for v in value)):
+        return [_pair(name, value) for _ in range(stages)]  # type: ignore[arg-type]
+    if len(value) != stages:
+        raise ValueError(f"{name} {list(value)}: give an integer, a pair, or one of either for each of {stages} stages")
+    return [_pair(name, v) for v in value]
+
+
+def _pair(name: str, value: int | Sequence[int]) -> list[int]:
+    pair = [value, value] if isinstance(value, int) else list(value)
+    if len(pair) != 2 or min(pair) < 1:
+        raise ValueError(f"{name}: expected a positive integer or a pair of them, got {value!r}")
+    return pair

@@ -1,0 +1,106 @@
+"""Parameter groups and learning rates. Both are plain functions: there is no scheduler state to save or to lose."""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+# The first pattern that matches a parameter's name says whether weight decay applies; 1-D parameters never decay.
+# The released SimMIM trainer looks these names up with a prefix that is not there and so decays the first three.
+WEIGHT_DECAY = (
+    (r"(^|\.)absolute_pos_embed$", False),
+    (r"\.cpb_mlp\.", False),
+    (r"\.logit_scale$", False),
+    (r"(^|\.)mask_token$", True),
+    (r"\.bias$|_bias$", False),
+    (r"\.weight$", True),
+)
+
+
+def decays(name: str, parameter: nn.Parameter) -> bool:
+    """Whether weight decay applies to a parameter. Raises ValueError for a name that no pattern covers."""
+    for pattern, answer in WEIGHT_DECAY:
+        if re.search(pattern, name):
+            return answer and parameter.dim() > 1
+    raise ValueError(f"no pattern of WEIGHT_DECAY covers the parameter {name!r}: add one in swinv2_scale/optim.py")
+
+
+def layer_id(name: str, depths: Sequence[int]) -> int:
+    """Layer number for layer decay: 0 for the patch embedding, block k -> k + 1, all that follows -> the last.
+
+    Patch merging has the number of its stage's last block. `absolute_pos_embed` counts with the head: so it is in the
+    released code, and `golden/param_groups_layer_decay.json` holds us to it.
+    """
+    name = name.removeprefix("encoder.")
+    if name.startswith("patch_embed.") or name == "mask_token":
+        return 0
+    if match := re.match(r"layers\.(\d+)\.(?:blocks\.(\d+)|downsample)\.", name):
+        stage, block = int(match[1]), match[2]
+        return sum(depths[:stage]) + (int(block) + 1 if block is not None else depths[stage])
+    return sum(depths) + 1
+
+
+def parameter_groups(
+    model: nn.Module, depths: Sequence[int], *, weight_decay: float, layer_decay: float | None
+) -> list[dict[str, Any]]:
+    """Optimiser groups that cover every trainable parameter once.
+
+    depths: blocks per stage. layer_decay: the learning rate of layer i is scaled by layer_decay ** (last - i); None or
+    1 for one rate. Each group has params, names, weight_decay and lr_scale, by which `learning_rate` is multiplied.
+    """
+    last = sum(depths) + 1
+    groups: dict[tuple[bool, float], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        decay = decays(name, parameter)
+        scale = (layer_decay or 1.0) ** (last - layer_id(name, depths))
+        group = groups.setdefault(
+            (decay, scale),
+            {"params": [], "names": [], "weight_decay": weight_decay if decay else 0.0, "lr_scale": scale},
+        )
+        group["params"].append(parameter)
+        group["names"].append(name)
+    return list(groups.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """The learning rate as a function of the step: linear warm-up, then cosine, linear or multi-step decay.
+
+    lr, minimum_lr, warmup_lr   peak, end and start value
+    steps, warmup_steps         length of the run and of its warm-up
+    warmup_prefix               decay starts after the warm-up and takes the remaining steps (as released), or runs
+                                from step 0 over all steps with the warm-up laid over its beginning
+    milestones, factor          multistep: at each milestone (a step) the rate is multiplied by factor
+    """
+
+    kind: str
+    lr: float
+    minimum_lr: float
+    warmup_lr: float
+    steps: int
+    warmup_steps: int
+    warmup_prefix: bool
+    milestones: tuple[int, ...] = ()
+    factor: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("cosine", "linear", "multistep"):
+            raise ValueError(f"optim.schedule must be cosine, linear or multistep, got {self.kind!r}")
+        if not 0 <= self.warmup_steps <= self.steps:
+            raise ValueError(f"the warm-up of {self.warmup_steps} steps is longer than the run of {self.steps} steps")
+
+    def __call__(self, step: int) -> float:
+        """Learning rate of step 0, 1, …"""
+        if step < self.warmup_steps:
+            return self.warmup_lr + step * (self.lr - self.warmup_lr) / self.warmup_steps
+        if self.kind == "multistep":
+            return self.lr * self.factor ** sum(step >= milestone for milestone in self.milestones)
+        begin = self.warmup_steps if self.warmup_prefix else 0
+        progress = min(1.0, (step - begin) / max(1, self.steps - begin))
+        share = (1 + math.cos(math.pi * progress)) / 2 if self.kind == "cosine" else 1 - progress
+        return self.minimum_lr + (self.lr - self.minimum_lr) * share

@@ -1,0 +1,266 @@
+"""A run: configuration -> model, stream, engine -> loop -> checkpoints and records."""
+
+import json
+import platform
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+
+from swinv2_scale import checkpoint, config, distributed, report
+from swinv2_scale.data.manifest import Manifest, open_manifest
+from swinv2_scale.data.stream import Order, Stream, evaluation_stream, training_stream
+from swinv2_scale.engine import build_engine, cast, deepspeed_config
+from swinv2_scale.models import memory
+from swinv2_scale.models.convert import load_checkpoint
+from swinv2_scale.optim import Schedule, parameter_groups
+from swinv2_scale.telemetry import Telemetry
+from swinv2_scale.train import Task, evaluate, train
+
+
+def main(config_name: str, argv: Sequence[str], action: Callable[[Any], None]) -> NoReturn:
+    """Compose conf/{config_name}.yaml with argv, join the other ranks, act, and end the process.
+
+    A ValueError is the user's to solve: it becomes one paragraph and exit code 2. Anything else shows its traceback and
+    ends with 1.
+    """
+    try:
+        cfg = config.compose(config_name, argv)
+        with distributed.process_group(cfg.timeout_minutes):
+            action(cfg)
+        code = 0
+    except ValueError as error:
+        print(f"error (rank {distributed.rank()}): {_last_message(error)}", file=sys.stderr)
+        code = 2
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    distributed.end_process(code)
+
+
+def training(cfg: Any) -> None:
+    """Train what the configuration describes, from where its run directory stands."""
+    # 1  the task, its data, and how long
+    task: Task = config.instantiate(cfg.task)
+    data = open_manifest(cfg.data.train)
+    order = Order(len(data), cfg.seed, cfg.global_batch)
+    if not cfg.steps and not cfg.epochs:
+        raise ValueError(f"steps={cfg.steps} and epochs={cfg.epochs}: give one of them, or there is nothing to train")
+    steps = cfg.steps or max(1, round(cfg.epochs * order.steps_per_epoch))
+    schedule = build_schedule(cfg.optim, cfg.global_batch, steps, order.steps_per_epoch)
+    world_size = distributed.world_size()
+    ds_config = deepspeed_config(
+        global_batch=cfg.global_batch,
+        micro_batch=cfg.micro_batch,
+        world_size=world_size,
+        precision=cfg.precision,
+        gradient_clip=cfg.optim.gradient_clip,
+        **cfg.parallel,
+    )
+    # 2  the run directory and its records
+    run_dir = open_run_dir(cfg, ds_config)
+    telemetry = open_telemetry(cfg, steps, order.steps_per_epoch)
+    # 3  the model: fresh, or with the weights of another run; then the memory policy, then the engine
+    torch.manual_seed(cfg.seed)
+    model = task.build(cfg.model)
+    backbone = task.backbone(model)
+    resumable = checkpoint.latest(run_dir, telemetry.say)
+    if cfg.checkpoint and resumable is None:
+        telemetry.say(str(load_checkpoint(backbone, checkpoint.weights_file(cfg.checkpoint))))
+    memory.apply(model, **cfg.memory)
+    groups = parameter_groups(
+        model, cfg.model.depths, weight_decay=cfg.optim.weight_decay, layer_decay=cfg.optim.layer_decay
+    )
+    engine = build_engine(
+        model, groups, betas=tuple(cfg.optim.betas), eps=cfg.optim.eps, precision=cfg.precision, ds_config=ds_config
+    )
+    # 4  where to begin
+    identity = {"seed": cfg.seed, "global_batch": cfg.global_batch, "data": data.hash}
+    start = 0
+    if resumable is not None:
+        state = checkpoint.restore(resumable, engine, identity)
+        backbone.pretrained_windows = state["pretrained_windows"]
+        start = state["step"]
+        telemetry.say(f"continuing {resumable} at step {start} of {steps}")
+    # 5  the streams of samples
+    stream = training_stream(
+        data,
+        task.train_transform,
+        task.train_collate,
+        seed=cfg.seed,
+        global_batch=cfg.global_batch,
+        micro_batch=cfg.micro_batch,
+        rank=distributed.rank(),
+        world_size=world_size,
+        workers=cfg.workers,
+        start_step=start,
+        stop_step=steps,
+        max_corrupt_share=cfg.max_corrupt_share,
+    )
+    held_out = open_held_out(cfg, task)
+
+    def look(step: int) -> None:
+        if held_out is not None:
+            look_at(model, task, *held_out, telemetry, step, pictures=step in (0, steps))
+
+    def save(step: int) -> None:
+        windows = backbone.pretrained_windows
+        path = checkpoint.save(
+            run_dir,
+            engine,
+            step=step,
+            state={"identity": identity, "pretrained_windows": windows, "versions": versions()},
+            metadata={"model": config.plain(cfg.model), "pretrained_windows": windows},
+            keep=cfg.keep_checkpoints,
+        )
+        telemetry.event("checkpoint", step, path=str(path))
+
+    # 6  the loop
+    telemetry.start(
+        start,
+        world_size=world_size,
+        device=distributed.device().type,
+        precision=cfg.precision,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        versions=versions(),
+        data={"train": {"samples": len(data), "hash": data.hash}},
+    )
+    if start == 0 and cfg.evaluate_first:
+        look(0)
+        telemetry.resume_clock()
+    train(
+        engine,
+        task,
+        stream,
+        schedule,
+        telemetry,
+        start=start,
+        stop=steps,
+        log_every=cfg.log_every,
+        evaluate_every=cfg.evaluate_every,
+        checkpoint_every=cfg.checkpoint_every,
+        look=look,
+        save=save,
+    )
+    telemetry.end(steps, "finished")
+    if distributed.rank() == 0:
+        report.write_report(run_dir)
+        telemetry.say(report.headline(run_dir))
+
+
+def evaluation(cfg: Any) -> None:
+    """Evaluate the weights of `checkpoint` on data.validation, and write what came out to run_dir/evaluation.json."""
+    if not cfg.checkpoint or not cfg.data.validation:
+        raise ValueError("evaluation needs checkpoint=RUN_DIR (or a file of weights) and data.validation=MANIFEST")
+    task: Task = config.instantiate(cfg.task)
+    file = checkpoint.weights_file(cfg.checkpoint)
+    model = task.build(cfg.model)
+    print_on_rank_0(str(load_checkpoint(task.backbone(model), file)))
+    cast(model, cfg.precision)
+    model.to(distributed.device())
+    held_out = open_held_out(cfg, task)
+    assert held_out is not None
+    result = {"checkpoint": str(file), "data": str(cfg.data.validation), **evaluate(model, task, held_out[0])}
+    if distributed.rank() == 0:
+        run_dir = Path(cfg.run_dir)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n")
+    print_on_rank_0(json.dumps(result, indent=1))
+
+
+def look_at(
+    model: nn.Module, task: Task, stream: Stream, manifest: Manifest, telemetry: Telemetry, step: int, *, pictures: bool
+) -> None:
+    """Evaluate on held-out data, record the metrics and, if asked for, pictures of the first batch."""
+    telemetry.evaluation(step, evaluate(model, task, stream))
+    if pictures:
+        with torch.inference_mode():
+            batch = distributed.to_device(next(iter(stream)))
+            telemetry.pictures(step, *task.pictures(model, batch, manifest.classes))
+
+
+def open_held_out(cfg: Any, task: Task) -> tuple[Stream, Manifest] | None:
+    """The stream of held-out samples and its manifest, or None when data.validation is null."""
+    if cfg.data.validation is None:
+        return None
+    manifest = open_manifest(cfg.data.validation)
+    stream = evaluation_stream(
+        manifest,
+        task.evaluation_transform,
+        task.evaluation_collate,
+        seed=cfg.seed,
+        batch=cfg.evaluation_batch,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        workers=cfg.workers,
+        max_corrupt_share=cfg.max_corrupt_share,
+    )
+    return stream, manifest
+
+
+def open_run_dir(cfg: Any, ds_config: dict[str, Any]) -> Path:
+    """Create the run directory and write both configurations into it. Collective; rank 0 writes."""
+    run_dir = Path(cfg.run_dir)
+    if distributed.rank() == 0:
+        if (run_dir / "metrics.jsonl").exists() and not cfg.resume:
+            raise ValueError(f"run_dir={run_dir} holds a run, and resume=false: choose another name=… or remove it")
+        run_dir.mkdir(parents=True, exist_ok=True)
+        config.write_copy(cfg, run_dir)
+        (run_dir / "deepspeed.json").write_text(json.dumps(ds_config, indent=1) + "\n")
+    distributed.barrier()
+    return run_dir
+
+
+def open_telemetry(cfg: Any, steps: int, steps_per_epoch: int) -> Telemetry:
+    """The run's records, in its directory."""
+    return Telemetry(
+        Path(cfg.run_dir),
+        name=cfg.name,
+        total_steps=steps,
+        steps_per_epoch=steps_per_epoch,
+        images_per_step=cfg.global_batch,
+        config=config.plain(cfg),
+        **cfg.telemetry,
+    )
+
+
+def build_schedule(optim: Any, global_batch: int, steps: int, steps_per_epoch: int) -> Schedule:
+    """conf/optim in steps; its rates are scaled by global_batch / lr_batch when lr_batch is given."""
+    scale = global_batch / optim.lr_batch if optim.lr_batch else 1.0
+    warmup = optim.warmup_steps if optim.warmup_steps is not None else round(optim.warmup_epochs * steps_per_epoch)
+    return Schedule(
+        kind=optim.schedule,
+        lr=optim.lr * scale,
+        minimum_lr=optim.minimum_lr * scale,
+        warmup_lr=optim.warmup_lr * scale,
+        steps=steps,
+        warmup_steps=warmup,
+        warmup_prefix=optim.warmup_prefix,
+        milestones=tuple(round(epoch * steps_per_epoch) for epoch in optim.milestone_epochs),
+        factor=optim.milestone_factor,
+    )
+
+
+def versions() -> dict[str, str]:
+    """Versions that a result may depend on."""
+    from importlib.metadata import version
+
+    return {"python": platform.python_version()} | {
+        name: version(name) for name in ("torch", "torchvision", "deepspeed", "swinv2-scale")
+    }
+
+
+def print_on_rank_0(text: str) -> None:
+    """Print once, not once per rank."""
+    if distributed.rank() == 0:
+        print(text, flush=True)
+
+
+def _last_message(error: ValueError) -> str:
+    """The error's message; of one that a data worker raised, the last line of the traceback that it carries."""
+    text = str(error)
+    return text.strip().splitlines()[-1].removeprefix("ValueError: ") if "Traceback" in text else text

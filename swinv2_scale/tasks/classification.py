@@ -1,0 +1,68 @@
+"""Image classification: supervised pretraining and fine-tuning."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from swinv2_scale.config import instantiate
+from swinv2_scale.data.stream import Batch
+from swinv2_scale.data.transforms import collate, to_uint8
+from swinv2_scale.models.swin_v2 import SwinTransformerV2
+from swinv2_scale.telemetry import Picture
+
+
+class Classification:
+    """Cross-entropy against the soft targets that train_collate makes (mixing, label smoothing).
+
+    num_classes must be that of the model. Raises ValueError for fewer than two.
+    """
+
+    metrics = ("loss", "top1", "top5")
+
+    def __init__(
+        self, *, train_transform: Callable, evaluation_transform: Callable, train_collate: Callable, num_classes: int
+    ) -> None:
+        if num_classes < 2:
+            raise ValueError(f"classification needs model.num_classes of 2 or more, got {num_classes}")
+        self.train_transform, self.evaluation_transform = train_transform, evaluation_transform
+        self.train_collate, self.evaluation_collate = train_collate, collate
+
+    def build(self, model: Any) -> SwinTransformerV2:
+        """The model to train, from its configuration."""
+        built = instantiate(model)
+        assert isinstance(built, SwinTransformerV2)
+        return built
+
+    def backbone(self, model: nn.Module) -> SwinTransformerV2:
+        """The part of a built model that `checkpoint=` fills."""
+        assert isinstance(model, SwinTransformerV2)
+        return model
+
+    def loss(self, model: Callable, batch: Batch) -> Tensor:
+        """Mean cross-entropy of the micro-batch, computed in float32."""
+        return F.cross_entropy(model(batch["image"]).float(), batch["target"])
+
+    def sums(self, model: Callable, batch: Batch) -> dict[str, Tensor]:
+        """Sums over a held-out batch: cross-entropy, hits at 1 and at 5."""
+        logits, label = model(batch["image"]).float(), batch["label"]
+        best = logits.topk(min(5, logits.shape[1]), dim=1).indices == label[:, None]
+        return {
+            "loss": F.cross_entropy(logits, label, reduction="sum"),
+            "top1": best[:, 0].sum(),
+            "top5": best.any(dim=1).sum(),
+        }
+
+    def pictures(self, model: nn.Module, batch: Batch, classes: Sequence[str]) -> tuple[str, list[Picture]]:
+        """Up to 24 images of a held-out batch with what the model says, wrong ones first."""
+        share, predicted = torch.softmax(model(batch["image"]).float(), dim=1).max(dim=1)
+        said = [f"{classes[i]} ({p:.0%})" for i, p in zip(predicted.tolist(), share.tolist(), strict=True)]
+        is_class = [classes[i] for i in batch["label"].tolist()]
+        right = (predicted == batch["label"]).tolist()
+        shown = sorted(range(len(right)), key=right.__getitem__)[:24]
+        return "predictions", [
+            Picture(to_uint8(batch["image"][i]), said[i] if right[i] else f"{said[i]}, is {is_class[i]}", right[i])
+            for i in shown
+        ]

@@ -1,0 +1,250 @@
+"""Records of a run: metrics.jsonl is the record; console and wandb are views of it. Only this module imports wandb.
+
+Every rank holds a Telemetry, and calls it alike; rank 0's writes. An event is one JSON line with "event", "step" and
+"time" (unix seconds); `swinv2_scale.report` reads them.
+"""
+
+import json
+import logging
+import math
+import secrets
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+from torchvision.io import write_png
+
+from swinv2_scale import distributed
+from swinv2_scale.data.stream import Batch
+
+RECORD = "metrics.jsonl"
+
+
+class Picture(NamedTuple):
+    """An image to look at: uint8 (3, Y, X), a caption, and whether the model was right (None: no such notion)."""
+
+    image: Tensor
+    caption: str
+    good: bool | None = None
+
+
+class Telemetry:
+    """Writes what happens in a run to run_dir/metrics.jsonl, the console, and wandb (mode offline, online or disabled).
+
+    total_steps, steps_per_epoch and images_per_step turn steps into time left, epochs, and images per second.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        name: str,
+        total_steps: int,
+        steps_per_epoch: int,
+        images_per_step: int,
+        wandb: str,
+        project: str,
+        config: dict[str, Any],
+    ) -> None:
+        if wandb not in ("offline", "online", "disabled"):
+            raise ValueError(f"telemetry.wandb must be offline, online or disabled, got {wandb!r}")
+        self.run_dir, self.total_steps = run_dir, total_steps
+        self.steps_per_epoch, self.images_per_step = steps_per_epoch, images_per_step
+        self.writes = distributed.rank() == 0
+        self.console = Console(quiet=not self.writes)
+        self._losses: list[Tensor] = []
+        self._replaced: list[str] = []
+        self._waited = 0.0
+        self._begin = self._last = time.monotonic()
+        self._file = None
+        self._wandb = None
+        self._progress: Progress | None = None
+        if self.writes:
+            self.attempt = _close_last_line(run_dir / RECORD)
+            self._file = (run_dir / RECORD).open("a")
+            self._wandb = _open_wandb(run_dir, name, wandb, project, config, self.say)
+            if sys.stdout.isatty():
+                columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+                self._progress = Progress(*columns, console=self.console)
+                self._progress.start()
+                self._task = self._progress.add_task("starting", total=total_steps)
+
+    def say(self, text: str) -> None:
+        """Print a line on rank 0's console."""
+        self.console.print(text, highlight=False, markup=False)
+
+    def event(self, event: str, step: int, **values: Any) -> None:
+        """Append one line to the record. Numbers that JSON does not know become null."""
+        if self._file is None:
+            return
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        self._file.write(json.dumps({"event": event, "step": step, "time": time.time(), **finite}) + "\n")
+        self._file.flush()
+        self._to_wandb(
+            {f"{event}/{key}": value for key, value in finite.items() if isinstance(value, (int, float))}, step
+        )
+
+    def start(self, step: int, **facts: Any) -> None:
+        """The run, or its continuation, begins at `step`."""
+        self.event("start", step, attempt=getattr(self, "attempt", 0), **facts)
+        self._last = time.monotonic()
+
+    def timed(self, stream: Iterable[Batch]) -> Iterator[Batch]:
+        """The stream's batches; the time spent waiting for them, and the samples replaced in them, are recorded."""
+        batches = iter(stream)
+        while True:
+            before = time.monotonic()
+            batch = next(batches, None)
+            self._waited += time.monotonic() - before
+            if batch is None:
+                return
+            self._replaced += batch["corrupt"]
+            yield batch
+
+    def loss(self, value: Tensor) -> None:
+        """Keep this rank's loss of a step, on its device, until the next `train`: no synchronisation here."""
+        self._losses.append(value)
+
+    def train(self, step: int, **values: float | None) -> None:
+        """Record the steps since the last call, of which `step` are finished in all. Collective.
+
+        Raises FloatingPointError, on every rank, when the loss or one of the values is not finite.
+        """
+        elapsed, steps = time.monotonic() - self._last, len(self._losses)
+        own = {"loss": float(torch.stack(self._losses).mean()), "waited": self._waited}
+        mean = {k: total / distributed.world_size() for k, total in distributed.sum_over_ranks(own).items()}
+        record = {
+            "epoch": step / self.steps_per_epoch,
+            "loss": mean["loss"],
+            **values,
+            "images_per_second": self.images_per_step * steps / elapsed,
+            "step_seconds": elapsed / steps,
+            "data_wait": mean["waited"] / elapsed,
+            **distributed.max_over_ranks({"memory_gigabytes": _peak_memory()}),
+        }
+        self.event("train", step, **record)
+        self._show(step, record)
+        for sample in (name for names in distributed.gathered(self._replaced) for name in names):
+            self.event("corrupt", step, sample=sample)
+            self.say(f"replaced a sample that cannot be used: {sample}")
+        self._losses, self._waited, self._replaced = [], 0.0, []
+        self._last = time.monotonic()
+        wrong = [f"{k} {v}" for k, v in record.items() if isinstance(v, float) and not math.isfinite(v)]
+        if wrong:
+            raise FloatingPointError(
+                f"{', '.join(wrong)} within the {steps} steps before step {step}; the last checkpoint is from before. "
+                "Lower optim.lr or optim.gradient_clip, or lengthen the warm-up"
+            )
+
+    def resume_clock(self) -> None:
+        """What happened since the last record (evaluation, checkpoint) was not training time."""
+        self._last = time.monotonic()
+
+    def evaluation(self, step: int, metrics: dict[str, float]) -> None:
+        """Record metrics on held-out data after `step` steps."""
+        self.event("evaluation", step, **metrics)
+        values = ", ".join(f"{key} {value:.4g}" for key, value in metrics.items() if key != "samples")
+        self.say(f"step {step}: held-out {values} ({metrics['samples']:.0f} samples)")
+
+    def pictures(self, step: int, name: str, pictures: Sequence[Picture]) -> None:
+        """Write pictures to run_dir/pictures and record them."""
+        if not self.writes:
+            return
+        folder = self.run_dir / "pictures"
+        folder.mkdir(exist_ok=True)
+        items = []
+        for number, picture in enumerate(pictures):
+            file = folder / f"{name}_{step:08d}_{number:02d}.png"
+            write_png(picture.image.cpu(), str(file))
+            items.append({"file": f"pictures/{file.name}", "caption": picture.caption, "good": picture.good})
+        self.event("pictures", step, name=name, items=items)
+        if self._wandb is not None:
+            import wandb
+
+            images = [wandb.Image(str(self.run_dir / str(i["file"])), caption=str(i["caption"])) for i in items]
+            self._to_wandb({f"pictures/{name}": images}, step)
+
+    def end(self, step: int, reason: str) -> None:
+        """Close the record. reason: "finished", or what stopped the run."""
+        self.event("end", step, reason=reason, seconds=time.monotonic() - self._begin)
+        if self._progress is not None:
+            self._progress.stop()
+        if self._wandb is not None:
+            try:
+                self._wandb.finish(exit_code=0 if reason == "finished" else 1)
+            except Exception as error:  # wandb must never cost a run its end
+                self.say(f"wandb did not finish ({error}); the record is {self.run_dir / RECORD}")
+        if self._file is not None:
+            self._file.close()
+
+    def _show(self, step: int, record: dict[str, Any]) -> None:
+        speed = f"{record['images_per_second']:.1f} images/s  data wait {record['data_wait']:.0%}"
+        text = f"loss {record['loss']:.4f}  {speed}"
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step, description=text)
+        else:
+            left = (self.total_steps - step) * record["step_seconds"]
+            self.say(f"step {step}/{self.total_steps}  {text}  {left / 60:.1f} min left")
+
+    def _to_wandb(self, values: dict[str, Any], step: int) -> None:
+        if self._wandb is None or not values:
+            return
+        try:
+            self._wandb.log({**values, "step": step})
+        except Exception as error:  # a sink that fails is dropped; the record goes on
+            self.say(f"wandb stopped taking records ({error}); the run goes on, the record is {self.run_dir / RECORD}")
+            self._wandb = None
+
+
+def _open_wandb(run_dir: Path, name: str, mode: str, project: str, config: dict, say: Any) -> Any:
+    """A wandb run with the same id at every attempt, or None when it is switched off or does not start."""
+    if mode == "disabled":
+        return None
+    try:
+        import wandb
+
+        logging.getLogger("wandb").setLevel(logging.ERROR)
+        id_file = run_dir / "wandb_id"
+        if not id_file.exists():
+            id_file.write_text(secrets.token_hex(4))
+        run = wandb.init(
+            project=project,
+            name=name,
+            id=id_file.read_text(),
+            resume="allow" if mode == "online" else None,
+            mode=cast(Any, mode),
+            dir=str(run_dir),
+            config=config,
+            settings=wandb.Settings(silent=True, console="off"),
+        )
+        run.define_metric("*", step_metric="step")
+    except Exception as error:  # absent, misconfigured or unreachable: never a reason not to train
+        say(f"wandb is not available ({error}); the record is {run_dir / RECORD}")
+        return None
+    return run
+
+
+def _close_last_line(record: Path) -> int:
+    """Number of attempts in a record so far; a last line that was cut off by a crash is removed."""
+    if not record.exists():
+        return 0
+    content = record.read_bytes()
+    complete = content[: content.rfind(b"\n") + 1]
+    if complete != content:
+        record.write_bytes(complete)
+    return complete.count(b'{"event": "start"')
+
+
+def _peak_memory() -> float:
+    """Largest memory of this rank so far, in 10^9 bytes: of the accelerator, or of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

@@ -1,0 +1,118 @@
+"""Real runs: the launch scripts as processes of their own, on one or two CPU ranks, over tiny shards of real images."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from torch import Tensor
+
+from swinv2_scale.data.shards import pack
+
+ROOT = Path(__file__).parents[2]
+TINY = [
+    "model=debug",
+    "model.embed_dim=16",
+    "model.depths=[1,1,2,1]",
+    "model.num_heads=[1,2,2,4]",
+    "model.image_size=64",
+    "model.window_size=4",
+    "optim.lr=1e-3",
+    "optim.lr_batch=null",
+    "optim.warmup_steps=2",
+    "log_every=1",
+    "workers=1",
+    "telemetry=no_wandb",
+]
+
+
+@dataclass
+class Run:
+    """A finished process and the run directory that it was to write."""
+
+    directory: Path
+    returncode: int
+    output: str
+
+    def events(self, event: str) -> dict[int, dict]:
+        """The record's lines of one kind, by step; of repeated steps the last."""
+        lines = map(json.loads, (self.directory / "metrics.jsonl").read_text().splitlines())
+        return {line["step"]: line for line in lines if line["event"] == event}
+
+    def losses(self) -> list[float]:
+        return [line["loss"] for _, line in sorted(self.events("train").items())]
+
+    def weights(self) -> dict[str, Tensor]:
+        newest = sorted((self.directory / "checkpoints").glob("step_*"))[-1]
+        return load_file(newest / "model.safetensors") | load_file(newest / "optimizer.safetensors")
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory with photographs and digits, training and validation."""
+    root = tmp_path_factory.mktemp("shards")
+    for name in ("photographs/train", "photographs/validation", "digits/train", "digits/validation"):
+        pack(name, root / name, format="demo", shard_size=100, seed=0)
+    return root
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def command(launcher: str, ranks: int, script: str) -> list[str]:
+    """How a user starts a script."""
+    path = f"launch/{script}.py"
+    if launcher == "python":
+        assert ranks == 1
+        return [sys.executable, path]
+    if launcher == "torchrun":
+        return [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            f"--nproc-per-node={ranks}",
+            f"--master-port={free_port()}",
+            path,
+        ]
+    assert launcher == "deepspeed"
+    executable = str(Path(sys.executable).parent / "deepspeed")
+    return [executable, f"--num_accelerators={ranks}", f"--master_port={free_port()}", path]
+
+
+@pytest.fixture
+def launch(tmp_path: Path, shards: Path) -> Callable[..., Run]:
+    """launch(name, *overrides, ranks=1, launcher=…, script="pretrain") runs to the end in tmp_path/name."""
+
+    def start(
+        name: str, *overrides: str, ranks: int = 1, launcher: str = "", script: str = "pretrain", tiny: bool = True
+    ) -> Run:
+        directory = tmp_path / name
+        arguments = [*TINY, f"name={name}", f"run_dir={directory}"] if tiny else []
+        environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+        environment |= {
+            "PATH": f"{Path(sys.executable).parent}:{environment['PATH']}",
+            "GLOO_SOCKET_IFNAME": "lo",
+            "TORCHDYNAMO_DISABLE": "1",  # saves DeepSpeed's import of the compiler at every start
+        }
+        process = subprocess.run(
+            [*command(launcher or ("python" if ranks == 1 else "torchrun"), ranks, script), *arguments, *overrides],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        return Run(directory, process.returncode, process.stdout)
+
+    return start

@@ -1,0 +1,178 @@
+"""What must not change a run: ranks, ZeRO stage, accumulation, launcher, recomputation, interruption."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Run
+from torch import Tensor
+
+Launch = Callable[..., Run]
+STEPS = 6
+
+
+def simmim(shards: Path) -> list[str]:
+    return [
+        f"data.train={shards}/photographs/train",
+        f"steps={STEPS}",
+        "epochs=null",
+        "global_batch=60",  # 180 photographs: an epoch ends after 3 steps
+        "model.image_size=64",
+        "checkpoint_every=3",
+    ]
+
+
+def classification(shards: Path) -> list[str]:
+    return [
+        "task=classification",
+        "model.num_classes=10",
+        f"data.train={shards}/digits/train",
+        f"data.validation={shards}/digits/validation",
+        f"steps={STEPS}",
+        "epochs=null",
+        "global_batch=16",
+    ]
+
+
+def assert_close(a: Run, b: Run, limit: float) -> None:
+    assert a.returncode == b.returncode == 0, a.output + b.output
+    assert len(a.losses()) == len(b.losses()) == STEPS
+    assert a.losses() == pytest.approx(b.losses(), rel=limit)
+    ours, theirs = a.weights(), b.weights()
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        difference = (ours[name] - theirs[name]).norm() / theirs[name].norm().clamp(min=1e-6)
+        assert difference <= 100 * limit, (name, difference)
+
+
+def assert_equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert a.keys() == b.keys()
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+
+
+def test_ranks_zero_stage_accumulation_and_launcher_do_not_matter(launch: Launch, shards: Path) -> None:
+    """fp32, the same global batch: losses agree to rounding. One rank with plain python is the reference."""
+    settings = [*classification(shards), "precision=fp32"]
+    reference = launch("reference", *settings, "micro_batch=16")
+    assert len(set(reference.losses())) == STEPS
+    others = {
+        "two_ranks_deepspeed": launch("a", *settings, "micro_batch=8", ranks=2, launcher="deepspeed"),
+        "two_ranks_torchrun": launch("b", *settings, "micro_batch=4", ranks=2),
+        "zero0": launch("c", *settings, "micro_batch=8", "parallel=zero0", ranks=2),
+        "zero2": launch("d", *settings, "micro_batch=8", "parallel=zero2", ranks=2),
+        "accumulation": launch("e", *settings, "micro_batch=4"),
+    }
+    for name, run in others.items():
+        assert_close(run, reference, 2e-5)
+        held_out = [r.events("evaluation")[STEPS] for r in (run, reference)]
+        assert held_out[0]["samples"] == held_out[1]["samples"] == 359, name
+        assert held_out[0]["loss"] == pytest.approx(held_out[1]["loss"], rel=1e-4)
+    # two runs of the same command are equal to the last bit
+    again = launch("again", *settings, "micro_batch=8", ranks=2)
+    assert again.losses() == others["two_ranks_deepspeed"].losses()
+    assert_equal(again.weights(), others["two_ranks_deepspeed"].weights())
+
+
+@pytest.mark.parametrize("policy", ["block", "offload"])
+def test_recomputation_is_bit_identical_in_training(launch: Launch, shards: Path, policy: str) -> None:
+    settings = [*simmim(shards), "micro_batch=30", "model.drop_path_rate=0.3"]
+    plain, recomputed = launch("plain", *settings), launch("recomputed", *settings, f"memory={policy}")
+    assert plain.losses() == recomputed.losses()
+    assert_equal(plain.weights(), recomputed.weights())
+
+
+@pytest.mark.parametrize(("ranks", "precision"), [(1, "fp32"), (2, "bf16")])
+def test_a_run_cut_at_an_epochs_end_continues_bit_for_bit(
+    launch: Launch, shards: Path, tmp_path: Path, ranks: int, precision: str
+) -> None:
+    settings = [*simmim(shards), "micro_batch=30", f"precision={precision}", "model.drop_path_rate=0.3"]
+    whole = launch("whole", *settings, ranks=ranks)
+    assert whole.returncode == 0, whole.output
+    losses, weights = whole.losses(), whole.weights()
+    # as a run that was killed after step 5: the checkpoint of step 3, a record that went on, a last line cut off
+    shutil.rmtree(tmp_path / "whole/checkpoints/step_00000006")
+    record = tmp_path / "whole/metrics.jsonl"
+    record.write_bytes(record.read_bytes()[: record.read_bytes().find(b'"event": "train", "step": 6') + 10])
+    continued = launch("whole", *settings, ranks=ranks)
+    assert "at step 3 of 6" in continued.output
+    assert continued.losses() == losses
+    assert_equal(continued.weights(), weights)
+    assert [
+        line["attempt"] for line in map(json.loads, record.read_text().splitlines()) if line["event"] == "start"
+    ] == [0, 1]
+    # at another number of ranks: the same samples, the same losses to rounding
+    shutil.rmtree(tmp_path / "whole/checkpoints/step_00000006")
+    other = launch("whole", *settings, ranks=3 - ranks)
+    assert "at step 3 of 6" in other.output
+    assert other.losses() == pytest.approx(losses, rel=1e-5 if precision == "fp32" else 1e-2)
+
+
+def test_pretraining_feeds_fine_tuning_and_evaluation(launch: Launch, shards: Path, tmp_path: Path) -> None:
+    pretrained = launch(
+        "pretrained", *simmim(shards), "micro_batch=30", f"data.validation={shards}/photographs/validation"
+    )
+    assert pretrained.returncode == 0, pretrained.output
+    settings = [
+        *classification(shards)[1:],
+        "micro_batch=8",
+        f"checkpoint={tmp_path}/pretrained",
+        "model.window_size=2",
+    ]
+    tuned = launch("tuned", *settings, "optim.layer_decay=0.8", "evaluate_first=true", script="finetune")
+    assert tuned.returncode == 0, tuned.output
+    assert "dropped 3: decoder.0.bias" in tuned.output
+    assert "position bias measured in windows of [[4, 4], [4, 4], [4, 4], [2, 2]]" in tuned.output
+    assert (tuned.directory / "report.html").stat().st_size > 10_000
+    assert (tuned.directory / "deepspeed.json").exists()
+    evaluated = launch("evaluated", *settings, f"checkpoint={tmp_path}/tuned", script="evaluate", ranks=2)
+    assert evaluated.returncode == 0, evaluated.output
+    result = json.loads((tmp_path / "evaluated/evaluation.json").read_text())
+    assert result["samples"] == 359
+    assert result["loss"] == pytest.approx(tuned.events("evaluation")[STEPS]["loss"], rel=2e-2)  # bf16 weights
+    assert result["top1"] == pytest.approx(tuned.events("evaluation")[STEPS]["top1"], abs=3 / 359)
+
+
+def test_mistakes_end_with_one_clear_message(launch: Launch, shards: Path, tmp_path: Path) -> None:
+    settings = [*classification(shards), "micro_batch=8"]
+    misspelt = launch("x", *settings, "optim.weigth_decay=0", ranks=2, launcher="deepspeed")
+    assert misspelt.returncode != 0
+    assert "Did you mean 'optim.weight_decay'?" in misspelt.output
+    missing = launch("x", *settings, f"data.train={tmp_path}/nowhere")
+    assert missing.returncode == 2
+    assert f"{tmp_path}/nowhere" in missing.output
+    batch = launch("x", *settings, "micro_batch=12")
+    assert batch.returncode == 2
+    assert "global_batch=12 or global_batch=24 or micro_batch=8" in batch.output
+    first = launch("x", *settings)
+    assert first.returncode == 0, first.output
+    other_model = launch("x", *settings, "model.embed_dim=32")
+    assert other_model.returncode == 2
+    assert "is of another model" in other_model.output
+    other_data = launch("x", *settings, f"data.train={shards}/digits/validation")
+    assert other_data.returncode == 2
+    assert "the order of samples cannot be continued" in other_data.output
+    for run in (misspelt, missing, batch, other_model, other_data):
+        assert "Traceback" not in run.output
+        assert len(run.output.splitlines()) < 40
+
+
+def test_a_sample_that_does_not_decode_is_replaced_and_counted(launch: Launch, shards: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged"
+    shutil.copytree(shards / "photographs/train", damaged)
+    shard = sorted(damaged.glob("*.tar"))[0]
+    content = bytearray(shard.read_bytes())
+    begin = content.find(b"\xff\xd8\xff")  # the first JPEG
+    content[begin : begin + 512] = bytes(512)
+    shard.write_bytes(content)
+    settings = [*simmim(shards), "micro_batch=30", f"data.train={damaged}"]
+    run = launch("damaged_run", *settings)
+    assert run.returncode == 0, run.output
+    assert run.output.count("replaced a sample that cannot be used") == 2  # once in each of two epochs
+    assert shard.name in next(iter(run.events("corrupt").values()))["sample"]
+    strict = launch("strict", *settings, "max_corrupt_share=0.001")
+    assert strict.returncode == 2
+    assert "max_corrupt_share" in strict.output
+    assert "Traceback" not in strict.output

@@ -1,0 +1,66 @@
+"""Composition: what launchers add is removed, typos are named, everything in conf/ composes."""
+
+from pathlib import Path
+
+import pytest
+
+from swinv2_scale import config
+
+BASE = ["name=x", "epochs=1", "global_batch=8", "data.train=somewhere"]
+
+
+def test_launcher_arguments_are_removed() -> None:
+    for argument in (["--local_rank=1"], ["--local-rank=1"], ["--local_rank", "1"]):
+        assert config.compose("pretrain", [*argument, *BASE]).name == "x"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["experimnt=demo_simmim"], r"'experimnt' .* Did you mean 'experiment'\?"),
+        (["experiment=demo_simmin"], r"experiment=demo_simmin: no such choice. Did you mean 'demo_simmim'\?"),
+        (["model=xl"], r"model=xl: no such choice.* Choices: b, debug, g, giant, h, l, s, t"),
+        ([*BASE, "optim.weigth_decay=0"], r"'optim.weigth_decay' .* Did you mean 'optim.weight_decay'\?"),
+        ([*BASE, "lr=1"], r"'lr' .* Did you mean 'optim.lr'\?"),
+        ([*BASE, "micro_batch"], r"'micro_batch' is not a setting: write key=value"),
+        ([*BASE, "--steps=3"], r"'--steps=3' is not a setting: write key=value"),
+        ([*BASE, "model.depths=[2,2"], r"model.depths=\[2,2"),
+        (["name=x", "epochs=1"], r"needs a value for data.train, global_batch: add data.train=… global_batch=…"),
+    ],
+)
+def test_mistakes_are_named(argv: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        config.compose("pretrain", argv)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("path", sorted((config.CONF / "experiment").glob("*.yaml")), ids=lambda path: path.stem)
+def test_experiments_compose_and_say_how_they_are_run(path: Path) -> None:
+    command = next(line for line in path.read_text().splitlines() if "launch/" in line)
+    assert f"experiment={path.stem}" in command
+    kind = command.split("launch/")[1].split(".py")[0]
+    overrides = [
+        f"experiment={path.stem}",
+        *(word for word in command.split() if "=" in word and "experiment" not in word),
+    ]
+    cfg = config.compose(kind, overrides)
+    config.instantiate(cfg.task)
+
+
+GROUPS = sorted(p for p in config.CONF.glob("*/*.yaml") if p.parent.name != "experiment" and p.stem[0] != "_")
+
+
+@pytest.mark.parametrize("path", GROUPS, ids=lambda path: f"{path.parent.name}={path.stem}")
+def test_every_choice_composes(path: Path) -> None:
+    config.compose("pretrain", [*BASE, f"{path.parent.name}={path.stem}"])
+
+
+def test_evaluation_takes_the_same_settings_as_fine_tuning() -> None:
+    assert config.compose("evaluate", BASE).keys() == config.compose("finetune", BASE).keys()
+
+
+def test_written_copy_is_the_resolved_configuration(tmp_path: Path) -> None:
+    cfg = config.compose("pretrain", BASE)
+    text = config.write_copy(cfg, tmp_path).read_text()
+    assert "run_dir: runs/x" in text
+    assert "${" not in text

@@ -1,0 +1,274 @@
+"""One order of samples: the same over ranks, workers, accumulation and interruptions; nothing corrupt passes unseen."""
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from swinv2_scale.data.manifest import Manifest
+from swinv2_scale.data.shards import Item, read_sample, shuffled, write_shards
+from swinv2_scale.data.stream import CorruptCounter, Order, draw, evaluation_stream, training_stream
+from swinv2_scale.data.transforms import ClassificationTransform, Mix, SimMIMEvaluationTransform, collate
+
+SAMPLES = 26
+MakeManifest = Callable[..., Manifest]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> MakeManifest:
+    """Packs 26 small images; those in `broken` do not decode."""
+
+    def build(broken: tuple[int, ...] = ()) -> Manifest:
+        random = np.random.default_rng(0)
+        items = []
+        for i in range(SAMPLES):
+            buffer = io.BytesIO()
+            Image.fromarray(random.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(buffer, "PNG")
+            items.append(Item(f"k{i:02d}", "png", i % 4, b"broken" if i in broken else buffer.getvalue()))
+        return write_shards(items, tmp_path, classes=list("abcd"), shard_size=9, seed=0, origin={})
+
+    return build
+
+
+def classification() -> ClassificationTransform:
+    return ClassificationTransform(
+        image_size=16,
+        crop_scale=(0.3, 1.0),
+        crop_ratio=(0.75, 4 / 3),
+        flip=0.5,
+        interpolation="bicubic",
+        randaugment_ops=2,
+        randaugment_magnitude=9,
+        erase_probability=0.5,
+    )
+
+
+def mix() -> Mix:
+    return Mix(
+        mixup_alpha=0.8, cutmix_alpha=1.0, probability=0.8, switch_probability=0.5, label_smoothing=0.1, num_classes=4
+    )
+
+
+def train(manifest: Manifest, **changes: Any) -> list[dict[str, Any]]:
+    """All micro-batches of one rank."""
+    settings = {
+        "seed": 3,
+        "global_batch": 8,
+        "micro_batch": 8,
+        "rank": 0,
+        "world_size": 1,
+        "workers": 0,
+        "start_step": 0,
+        "stop_step": 7,
+        "max_corrupt_share": 1.0,
+    }
+    return list(training_stream(manifest, classification(), mix(), **{**settings, **changes}))
+
+
+def global_batches(manifest: Manifest, world_size: int, micro_batch: int, workers: int) -> list[dict[str, Any]]:
+    """The micro-batches of all ranks, put together again as [step][accumulation][world][micro]."""
+    ranks = [
+        train(manifest, world_size=world_size, rank=rank, micro_batch=micro_batch, workers=workers)
+        for rank in range(world_size)
+    ]
+    accumulation = 8 // (world_size * micro_batch)
+    assert all(len(batches) == 7 * accumulation for batches in ranks)
+    steps = []
+    for step in range(7):
+        parts = [ranks[r][step * accumulation + a] for a in range(accumulation) for r in range(world_size)]
+        steps.append(
+            {
+                "key": [key for part in parts for key in part["key"]],
+                "image": torch.cat([part["image"] for part in parts]),
+                "target": torch.cat([part["target"] for part in parts]),
+            }
+        )
+    return steps
+
+
+@pytest.mark.parametrize(
+    ("world_size", "micro_batch", "workers"), [(1, 8, 1), (1, 2, 2), (2, 4, 0), (2, 2, 1), (4, 2, 0), (4, 2, 2)]
+)
+def test_global_batches_do_not_depend_on_ranks_workers_or_accumulation(make, world_size, micro_batch, workers):
+    """Keys, augmented and mixed pixels, and targets, bit for bit, over two epochs' boundaries."""
+    manifest = make()
+    expected = global_batches(manifest, world_size=1, micro_batch=8, workers=0)
+    found = global_batches(manifest, world_size, micro_batch, workers)
+    for one, other in zip(expected, found, strict=True):
+        assert one["key"] == other["key"]
+        assert torch.equal(one["image"], other["image"])
+        assert torch.equal(one["target"], other["target"])
+
+
+def test_the_stream_follows_the_order(make):
+    manifest = make()
+    order = Order(SAMPLES, 3, 8)
+    for step, batch in enumerate(train(manifest)):
+        assert batch["key"] == [read_sample(manifest, index)[0] for index in order.global_batch_indices(step).tolist()]
+
+
+@pytest.mark.parametrize(("start", "workers"), [(2, 0), (3, 0), (5, 2)])
+def test_resuming_at_a_step_gives_the_tail(make, start, workers):
+    manifest = make()
+    expected = train(manifest)[start:]
+    found = train(manifest, start_step=start, workers=workers)
+    assert [batch["key"] for batch in found] == [batch["key"] for batch in expected]
+    assert all(torch.equal(a["image"], b["image"]) for a, b in zip(expected, found, strict=True))
+
+
+def test_resuming_decodes_nothing_that_is_skipped(make, monkeypatch):
+    from swinv2_scale.data import stream
+
+    read = []
+    original = stream.read_sample
+    monkeypatch.setattr(stream, "read_sample", lambda manifest, index: read.append(index) or original(manifest, index))
+    train(make(), start_step=5)
+    assert len(read) == 16
+
+
+def test_each_sample_at_most_once_an_epoch_and_another_remainder_each_epoch():
+    order = Order(samples=SAMPLES, seed=3, global_batch=8)
+    assert order.steps_per_epoch == 3
+    dropped = []
+    for epoch in range(4):
+        seen = np.concatenate([order.global_batch_indices(3 * epoch + step) for step in range(3)])
+        assert len(np.unique(seen)) == 24 and seen.min() >= 0 and seen.max() < SAMPLES
+        assert {order.epoch(3 * epoch + step) for step in range(3)} == {epoch}
+        dropped.append(frozenset(range(SAMPLES)) - frozenset(seen.tolist()))
+    assert len(set(dropped)) == 4
+    full = Order(samples=SAMPLES, seed=3, global_batch=13)
+    assert sorted(np.concatenate([full.global_batch_indices(step) for step in (2, 3)])) == list(range(SAMPLES))
+
+
+def test_the_order_is_pinned():
+    """A change here would change the order of samples in the middle of everybody's runs."""
+    assert shuffled(10, 3, 1).tolist() == [5, 8, 9, 6, 3, 7, 0, 1, 2, 4]
+    assert draw(3, 1, "n01440764/a") == 6325152185690106682
+
+
+def test_seeds_and_epochs_give_different_orders():
+    orders = [Order(100, seed, 100).global_batch_indices(epoch) for seed, epoch in ((0, 0), (0, 1), (1, 0))]
+    assert not any(np.array_equal(orders[a], orders[b]) for a, b in ((0, 1), (0, 2), (1, 2)))
+
+
+def test_global_batches_that_cannot_be():
+    with pytest.raises(ValueError, match=r"27 cannot be drawn from 26 samples.*choose a global batch of 1 to 26"):
+        Order(SAMPLES, 0, 27)
+    with pytest.raises(ValueError, match="seed -1 is negative"):
+        Order(SAMPLES, -1, 2)
+
+
+def test_augmentation_differs_between_epochs(make):
+    first, later = train(make(), stop_step=3), train(make(), start_step=3, stop_step=6)
+    images = {key: image for batch in first for key, image in zip(batch["key"], batch["image"], strict=True)}
+    pairs = [
+        (images[key], image)
+        for batch in later
+        for key, image in zip(batch["key"], batch["image"], strict=True)
+        if key in images
+    ]
+    assert len(pairs) > 10 and not any(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_training_random_state_is_not_touched(make, workers):
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    train(make(), workers=workers)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def evaluate(manifest: Manifest, **changes: Any) -> list[dict[str, Any]]:
+    settings = {"seed": 3, "batch": 4, "rank": 0, "world_size": 1, "workers": 0, "max_corrupt_share": 1.0}
+    transform = SimMIMEvaluationTransform(image_size=16, mask_unit=4, mask_ratio=0.6)
+    stream = evaluation_stream(manifest, transform, collate, **{**settings, **changes})
+    first, second = list(stream), list(stream)
+    assert len(stream) == len(first)
+    for one, two in zip(first, second, strict=True):
+        assert one["key"] == two["key"] and torch.equal(one["mask"], two["mask"])
+    return first
+
+
+@pytest.mark.parametrize(("world_size", "batch", "workers"), [(1, 4, 0), (2, 4, 0), (3, 4, 1), (3, 9, 0), (4, 6, 0)])
+def test_evaluation_sees_every_sample_exactly_once(make, world_size, batch, workers):
+    manifest = make()
+    ranks = [evaluate(manifest, world_size=world_size, rank=r, batch=batch, workers=workers) for r in range(world_size)]
+    keys = [key for batches in ranks for part in batches for key in part["key"]]
+    assert sorted(keys) == [f"k{i:02d}" for i in range(SAMPLES)]
+    assert len({len(batches) for batches in ranks}) == 1
+    assert all(len(part["key"]) <= batch for batches in ranks for part in batches)
+
+
+def test_masks_of_an_evaluation_do_not_depend_on_the_world(make):
+    manifest = make()
+
+    def masks(world_size: int) -> dict[str, torch.Tensor]:
+        ranks = [evaluate(manifest, world_size=world_size, rank=rank) for rank in range(world_size)]
+        return {k: m for batches in ranks for b in batches for k, m in zip(b["key"], b["mask"], strict=True)}
+
+    one, three = masks(1), masks(3)
+    assert all(torch.equal(one[key], three[key]) for key in one)
+    assert len({mask.numpy().tobytes() for mask in one.values()}) > 10
+
+
+def test_corrupt_samples_are_replaced_by_the_next_usable_one_and_counted_once(make):
+    neighbours_and_last = shuffled(SAMPLES, 0)[[4, 5, SAMPLES - 1]].tolist()  # the order in which `make` packs
+    broken = [f"k{number:02d}" for number in neighbours_and_last]
+    manifest = make(broken=tuple(neighbours_and_last))
+    batches = evaluate(manifest)
+    keys = [key for batch in batches for key in batch["key"]]
+    corrupt = [name for batch in batches for name in batch["corrupt"]]
+    assert sorted(name.split(":")[1] for name in corrupt) == sorted(broken)
+    assert all(name.startswith("shard-00000") and "does not decode" in name for name in corrupt)
+    assert len(keys) == SAMPLES and not set(broken) & set(keys)
+    assert keys == [key for batch in evaluate(manifest, workers=2) for key in batch["key"]]
+    intact = [key for batch in evaluate(make()) for key in batch["key"]]
+    for place, (key, wanted) in enumerate(zip(keys, intact, strict=True)):
+        usable = (intact[(place + k) % SAMPLES] for k in range(SAMPLES))
+        assert key == wanted or key == next(name for name in usable if name not in broken)
+
+
+def test_too_many_corrupt_samples_end_the_run(make):
+    manifest = make(broken=(1, 2, 3))
+    assert len(train(manifest, max_corrupt_share=0.2)) == 7
+    with pytest.raises(ValueError, match=r"\d of \d+ samples so far .*corrupt.*0.05.*shard-0.*:k0.*data verify"):
+        train(manifest, max_corrupt_share=0.05)
+    with pytest.raises(ValueError, match="corrupt"):
+        train(manifest, max_corrupt_share=0.0)
+
+
+def test_the_counter_judges_by_an_epoch_or_a_thousand_samples():
+    counter = CorruptCounter(0.01, samples=10**6)
+    for _ in range(10):
+        counter.update({"key": ["k"] * 8, "corrupt": ["s:k: reason"]})
+    assert (counter.seen, counter.count) == (80, 10)
+    with pytest.raises(ValueError, match="11 of 88 samples"):
+        counter.update({"key": ["k"] * 8, "corrupt": ["s:k: reason"]})
+
+
+def test_a_data_set_without_one_usable_sample(make):
+    with pytest.raises(ValueError, match=r"no usable sample among 26 .*data verify"):
+        train(make(broken=tuple(range(SAMPLES))))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_shard_that_vanishes_names_rank_worker_and_shard(make, workers):
+    manifest = make()
+    for shard in manifest.shards:
+        (manifest.root / shard.name).unlink()
+    worker = "0" if workers else "none"
+    with pytest.raises(OSError, match=rf"rank 1, worker {worker} cannot read shard .*shard-00000\d.tar"):
+        train(manifest, workers=workers, rank=1, world_size=2, micro_batch=4)
+
+
+def test_a_shard_that_shrinks_is_not_taken_for_a_corrupt_sample(make):
+    manifest = make()
+    for shard in manifest.shards:
+        (manifest.root / shard.name).write_bytes(b"")
+    with pytest.raises(OSError, match="was truncated"):
+        train(manifest)
