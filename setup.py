@@ -36,8 +36,7 @@ setup(
         "demo": ["scikit-image>=0.24", "scikit-learn>=1.4"],
         "test": [
             "pytest>=8",
-            "pytest-xdist",
-            "hypothesis",
+            "setuptools>=77",
             "timm>=1.0.20",
             "ruff==0.17.6",
             "mypy>=1.15",

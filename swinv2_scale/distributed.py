@@ -35,8 +35,10 @@ def local_rank() -> int:
 
 
 def device() -> torch.device:
-    """This process's accelerator, or the CPU where there is none."""
-    return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+    """This process's accelerator, or the CPU where there is none, or where DS_ACCELERATOR=cpu."""
+    if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
+        return torch.device("cuda", local_rank())
+    return torch.device("cpu")
 
 
 @contextmanager

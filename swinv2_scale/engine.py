@@ -7,6 +7,7 @@ its own bf16 mode would cast logit_scale and the position bias too, which turns 
 
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -25,6 +26,9 @@ from deepspeed.utils import (
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
 )
+
+# DeepSpeed calls collectives that torch has since renamed, and torch says so from every rank.
+warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
 
 PRECISIONS = ("fp32", "bf16")
 # Parameters that stay float32 whatever the precision: scales, the position bias network, norms.

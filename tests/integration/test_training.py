@@ -127,7 +127,7 @@ def test_pretraining_feeds_fine_tuning_and_evaluation(launch: Launch, shards: Pa
     assert "position bias measured in windows of [[4, 4], [4, 4], [4, 4], [2, 2]]" in tuned.output
     assert (tuned.directory / "report.html").stat().st_size > 10_000
     assert (tuned.directory / "deepspeed.json").exists()
-    evaluated = launch("evaluated", *settings, f"checkpoint={tmp_path}/tuned", script="evaluate", ranks=2)
+    evaluated = launch("evaluated", *settings[1:], f"checkpoint={tmp_path}/tuned", script="evaluate", ranks=2)
     assert evaluated.returncode == 0, evaluated.output
     result = json.loads((tmp_path / "evaluated/evaluation.json").read_text())
     assert result["samples"] == 359

@@ -1,0 +1,52 @@
+# make demo       install, pack real images, pretrain, fine-tune, evaluate, report: the main job, on a fresh machine
+# make test       install, lint, types, tests (under 15 minutes on two cores)
+# make test-long  the whole demo and longer sweeps
+
+PYTHON ?= python3
+VENV   ?= .venv
+RANKS  ?= 2
+BIN    := $(abspath $(VENV))/bin
+# The demo runs on CPU ranks everywhere, so that it shows the same on every machine.
+DEMO   := PATH="$(BIN):$$PATH" DS_ACCELERATOR=cpu $(BIN)/deepspeed --num_accelerators $(RANKS)
+SHARDS := photographs/train photographs/validation digits/train digits/validation
+
+.PHONY: demo test test-long lint pack clean
+
+demo: $(VENV)/.demo pack
+	rm -rf runs/demo_simmim runs/demo_classification runs/evaluation
+	$(DEMO) launch/pretrain.py experiment=demo_simmim
+	$(DEMO) launch/finetune.py experiment=demo_classification checkpoint=runs/demo_simmim
+	$(DEMO) launch/evaluate.py experiment=demo_classification checkpoint=runs/demo_classification
+	@echo
+	@$(BIN)/swinv2-scale report runs/demo_simmim runs/demo_classification
+	@echo
+	@echo "Your own images:  $(VENV)/bin/swinv2-scale data pack IMAGES/train shards/train    (IMAGES/train/CLASS/*.jpg)"
+	@echo "                  $(VENV)/bin/deepspeed launch/pretrain.py model=t name=mine data.train=shards/train epochs=100 global_batch=256"
+	@echo "Your own cluster: the same command under torchrun or srun, one process per accelerator; see README.md"
+
+pack: $(VENV)/.demo
+	@for shards in $(SHARDS); do $(BIN)/swinv2-scale data pack $$shards data/$$shards --format demo || exit 1; done
+
+test: lint
+	$(BIN)/python -m pytest -m "not long"
+
+test-long: $(VENV)/.test
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(VENV)/.demo: setup.py pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -e '.[demo]'
+	@touch $@
+
+$(VENV)/.test: setup.py pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -e '.[demo,test]'
+	@touch $@
+
+clean:
+	rm -rf data runs build *.egg-info
