@@ -92,11 +92,15 @@ def test_a_run_cut_at_an_epochs_end_continues_bit_for_bit(
     whole = launch("whole", *settings, ranks=ranks)
     assert whole.returncode == 0, whole.output
     losses, weights = whole.losses(), whole.weights()
-    # as a run that was killed after step 5: the checkpoint of step 3, a record that went on, a last line cut off
-    shutil.rmtree(tmp_path / "whole/checkpoints/step_00000006")
+    # as a run that was killed after step 5: the last checkpoint is damaged, the last line of the record is cut off
+    damaged = tmp_path / "whole/checkpoints/step_00000006/model.safetensors"
+    content = bytearray(damaged.read_bytes())
+    content[-1] ^= 1
+    damaged.write_bytes(content)
     record = tmp_path / "whole/metrics.jsonl"
     record.write_bytes(record.read_bytes()[: record.read_bytes().find(b'"event": "train", "step": 6') + 10])
     continued = launch("whole", *settings, ranks=ranks)
+    assert "does not have the recorded SHA-256" in continued.output
     assert "at step 3 of 6" in continued.output
     assert continued.losses() == losses
     assert_equal(continued.weights(), weights)
