@@ -69,7 +69,7 @@ def _add_data(commands: Any) -> None:
 
 
 def _data_pack(arguments: argparse.Namespace) -> int:
-    from swinv2_scale.data.shards import pack
+    from swinv2_scale.data.pack import pack
 
     manifest = pack(
         arguments.source,
@@ -85,7 +85,7 @@ def _data_pack(arguments: argparse.Namespace) -> int:
 
 
 def _data_index(arguments: argparse.Namespace) -> int:
-    from swinv2_scale.data.shards import index
+    from swinv2_scale.data.pack import index
 
     manifest = index(arguments.directory)
     print(f"{len(manifest)} samples in {len(manifest.shards)} shard(s): {manifest.root}")

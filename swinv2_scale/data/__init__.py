@@ -1,7 +1,8 @@
 """The data layer: shards on disk, the order in which they are read, and what is done to each sample.
 
     manifest.py     what a directory of shards holds: names, sizes, hashes, and where each sample begins
-    shards.py       packing samples into shards, reading one sample, checking all of them
+    shards.py       reading one sample, checking all of them
+    pack.py         images of a source into shards with a manifest
     stream.py       the order of samples as a pure function, and the loader that follows it
     transforms.py   one sample -> one training example; samples -> a batch
     demo.py         real images that ship inside scikit-image and scikit-learn

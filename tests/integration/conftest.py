@@ -13,7 +13,7 @@ import pytest
 from safetensors.torch import load_file
 from torch import Tensor
 
-from swinv2_scale.data.shards import pack
+from swinv2_scale.data.pack import pack
 
 ROOT = Path(__file__).parents[2]
 TINY = [

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from swinv2_scale.data.manifest import Manifest, open_manifest
-from swinv2_scale.data.shards import Item, index, read_sample, write_shards
+from swinv2_scale.data.pack import index, write_shards
+from swinv2_scale.data.shards import Item, read_sample
 
 
 @pytest.fixture

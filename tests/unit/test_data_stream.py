@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 from swinv2_scale.data.manifest import Manifest
-from swinv2_scale.data.shards import Item, read_sample, shuffled, write_shards
+from swinv2_scale.data.pack import write_shards
+from swinv2_scale.data.shards import Item, read_sample, shuffled
 from swinv2_scale.data.stream import CorruptCounter, Order, draw, evaluation_stream, training_stream
 from swinv2_scale.data.transforms import ClassificationTransform, Mix, SimMIMEvaluationTransform, collate
 
