@@ -11,19 +11,19 @@
 Tensors are whole and named, so a checkpoint belongs to no world size and no ZeRO stage.
 """
 
-import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from swinv2_scale import distributed
+from swinv2_scale.data.manifest import sha256_of
 from swinv2_scale.engine import Engine
 
 FOLDER = "checkpoints"
@@ -32,35 +32,67 @@ FOLDER = "checkpoints"
 def save(
     run_dir: Path, engine: Engine, *, step: int, state: dict[str, Any], metadata: dict[str, Any], keep: int
 ) -> Path:
-    """Write the checkpoint of `step` finished steps. Collective; rank 0 writes. The newest `keep` are kept.
+    """Write the checkpoint of `step` finished steps. Collective; rank 0 writes. It and keep - 1 older ones are kept.
 
-    state goes to state.json, metadata (JSON values) into the header of model.safetensors.
+    state goes to state.json, metadata (JSON values) into the header of model.safetensors. Raises OSError on every
+    rank when it cannot be written (a full disk); the checkpoints that were there are untouched then.
     """
     target = run_dir / FOLDER / f"step_{step:08d}"
     temporary = target.with_name(f".{target.name}.partial")
-    writes = distributed.rank() == 0
-    if writes:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
     header = {key: json.dumps(value) for key, value in metadata.items()} | {"format": "pt"}
-    _write_tensors(engine.parameters(), temporary / "model.safetensors", header, writes)
-    _write_tensors(engine.optimizer_state(), temporary / "optimizer.safetensors", {"format": "pt"}, writes)
-    if writes:
-        (temporary / "state.json").write_text(json.dumps({"step": step, **state}, indent=1))
-        shutil.copy(run_dir / "config.yaml", temporary)
-        files = sorted(path for path in temporary.iterdir())
-        manifest = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files}
-        (temporary / "MANIFEST.json").write_text(json.dumps(manifest, indent=1))
-        (temporary / "COMPLETE").touch()
-        for path in temporary.iterdir():
-            _flush(path)
-        shutil.rmtree(target, ignore_errors=True)  # damaged, or it would have been resumed from
-        temporary.rename(target)
-        _flush(target.parent)
-        for old in _newest_first(run_dir)[keep:]:
-            shutil.rmtree(old)
-    distributed.barrier()
+    writer = _Writer(temporary, writes=distributed.rank() == 0)
+    writer.tensors("model.safetensors", engine.parameters(), header)
+    writer.tensors("optimizer.safetensors", engine.optimizer_state(), {"format": "pt"})
+    writer.call(lambda: (temporary / "state.json").write_text(json.dumps({"step": step, **state}, indent=1)))
+    writer.call(lambda: shutil.copy(run_dir / "config.yaml", temporary))
+    writer.call(lambda: _publish(temporary, target, keep))
+    if problem := distributed.from_rank_0(writer.problem):
+        raise OSError(f"checkpoint {target} could not be written: {problem}")
     return target
+
+
+class _Writer:
+    """Rank 0's files of one checkpoint. After an error nothing is written, but gathering goes on: it is collective."""
+
+    def __init__(self, directory: Path, writes: bool) -> None:
+        self.directory, self.writes = directory, writes
+        self.problem: str | None = None
+        self.call(lambda: shutil.rmtree(directory, ignore_errors=True))
+        self.call(lambda: directory.mkdir(parents=True))
+
+    def call(self, write: Callable[[], object]) -> None:
+        """Do something on rank 0's disk, unless it failed before."""
+        if self.writes and self.problem is None:
+            try:
+                write()
+            except (OSError, SafetensorError) as error:
+                self.problem = str(error)
+                shutil.rmtree(self.directory, ignore_errors=True)
+
+    def tensors(self, name: str, tensors: Iterable[tuple[str, Tensor]], metadata: dict[str, str]) -> None:
+        """Gather named tensors on all ranks, and write them as one safetensors file."""
+        gathered = {}
+        for key, tensor in tensors:
+            if self.writes and self.problem is None:
+                gathered[key] = tensor.contiguous()
+        self.call(lambda: save_file(gathered, self.directory / name, metadata))
+
+
+def _publish(temporary: Path, target: Path, keep: int) -> None:
+    """Seal a written checkpoint with its hashes, give it its name, and remove what is no longer to be kept."""
+    files = sorted(temporary.iterdir())
+    manifest = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in files}
+    (temporary / "MANIFEST.json").write_text(json.dumps(manifest, indent=1))
+    (temporary / "COMPLETE").touch()
+    for path in temporary.iterdir():
+        _flush(path)
+    shutil.rmtree(target, ignore_errors=True)  # damaged, or it would have been resumed from
+    temporary.rename(target)
+    _flush(target.parent)
+    others = [path for path in _newest_first(target.parents[1]) if path != target]
+    later = [path for path in others if path > target]  # damaged too, for the same reason
+    for path in later + [path for path in others if path < target][keep - 1 :]:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def latest(run_dir: Path, warn: Any) -> Path | None:
@@ -91,7 +123,7 @@ def verify(path: Path) -> str | None:
             return f"{name} is missing"
         if file.stat().st_size != expected["bytes"]:
             return f"{name} has {file.stat().st_size} bytes instead of {expected['bytes']}"
-        if _sha256(file) != expected["sha256"]:
+        if sha256_of(file) != expected["sha256"]:
             return f"{name} does not have the recorded SHA-256"
     return None
 
@@ -139,24 +171,6 @@ def weights_file(path: str | Path) -> Path:
 
 def _newest_first(run_dir: Path) -> list[Path]:
     return sorted((run_dir / FOLDER).glob("step_*"), reverse=True)
-
-
-def _write_tensors(tensors: Iterable[tuple[str, Tensor]], path: Path, metadata: dict[str, str], writes: bool) -> None:
-    """Gather on all ranks; rank 0 keeps and writes."""
-    gathered = {}
-    for name, tensor in tensors:
-        if writes:
-            gathered[name] = tensor.contiguous()
-    if writes:
-        save_file(gathered, path, metadata)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _flush(path: Path) -> None:

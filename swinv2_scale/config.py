@@ -6,7 +6,7 @@ instantiate(node)           `_target_` and its arguments -> the object
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +25,28 @@ LAUNCHER_ARGUMENT = re.compile(r"--local[_-]rank(=\d+)?")
 def compose(config_name: str, argv: Sequence[str]) -> DictConfig:
     """The resolved, locked configuration of conf/{config_name}.yaml with the overrides of argv.
 
-    Raises ValueError that names the key or choice that does not exist and what was probably meant.
+    Raises ValueError that names the key or choice that does not exist, on the command line or in an experiment's file,
+    and what was probably meant.
     """
     overrides = _without_launcher_arguments(argv)
-    wrong = [argument for argument in overrides if argument.startswith("-") or "=" not in argument]
+    wrong = [argument for argument in overrides if not re.match(r"[A-Za-z_][\w.]*=", argument)]
     if wrong:
         raise ValueError(f"{wrong[0]!r} is not a setting: write key=value, for example micro_batch=8 or model=t")
     try:
-        cfg = _compose(config_name, overrides)
-        missing = sorted(OmegaConf.missing_keys(cfg))
+        cfg, known = _compose(config_name, overrides), _known_keys(config_name, overrides)
+        settings = _settings(cfg)
+        unknown = [key for key in settings if key not in known]
+        if unknown:
+            hint = _suggest(unknown[0], known)
+            raise ValueError(f"the experiment sets {unknown[0]!r}, which is not a setting.{hint}")
+        if missing := sorted(key for key, value in settings.items() if value == "???"):
+            given = "".join(f" {key}=…" for key in missing)
+            raise ValueError(
+                f"conf/{config_name}.yaml needs a value for {', '.join(missing)}: add{given} to the command"
+            )
         OmegaConf.resolve(cfg)
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(_explain(error, config_name, overrides)) from error
-    if missing:
-        given = "".join(f" {key}=…" for key in missing)
-        raise ValueError(f"conf/{config_name}.yaml needs a value for {', '.join(missing)}: add{given} to the command")
     return cfg
 
 
@@ -113,23 +120,42 @@ def _explain(error: Exception, config_name: str, overrides: list[str]) -> str:
         group, _, choice = missing.group(1).rpartition("/")
         choices = sorted(path.stem for path in (CONF / group).glob("[!_]*.yaml"))
         return f"{group}={choice}: no such choice.{_suggest(choice, choices)} Choices: {', '.join(choices)}"
-    groups = [path.name for path in CONF.iterdir() if path.is_dir()]
-    keys = _keys(_compose(config_name, [o for o in overrides if o.startswith("experiment=")])) + groups
+    try:
+        known = _known_keys(config_name, [o for o in overrides if o.partition("=")[0] in _groups()])
+    except (HydraException, OmegaConfBaseException):
+        return " ".join(message.split())
     for override in overrides:
-        key = override.split("=", 1)[0].lstrip("+~")
-        if key not in keys:
-            return f"{key!r} in {override!r} is not a setting of conf/{config_name}.yaml.{_suggest(key, keys)}"
+        key = override.partition("=")[0]
+        if key not in known + _groups():
+            hint = _suggest(key, known + _groups())
+            return f"{key!r} in {override!r} is not a setting of conf/{config_name}.yaml.{hint}"
     return f"{' '.join(overrides)}: {' '.join(message.split())}"
 
 
-def _keys(cfg: DictConfig, prefix: str = "") -> list[str]:
-    keys = []
-    for key in map(str, cfg):
-        keys.append(f"{prefix}{key}")
-        node = cfg._get_node(key)
-        if isinstance(node, DictConfig) and not node._is_none() and not node._is_missing():
-            keys += _keys(node, f"{prefix}{key}.")
-    return keys
+def _known_keys(config_name: str, overrides: list[str]) -> list[str]:
+    """Every key that the chosen groups define; an experiment may choose groups, but adds no key."""
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        choices = hydra.compose(config_name, overrides, return_hydra_config=True).hydra.runtime.choices
+        chosen = [f"{group}={choices[group]}" for group in _groups() if group in choices and group != "experiment"]
+        return list(_settings(hydra.compose(config_name, chosen)))
+
+
+def _groups() -> list[str]:
+    return sorted(path.name for path in CONF.iterdir() if path.is_dir())
+
+
+def _settings(cfg: DictConfig) -> dict[str, Any]:
+    """Every key of a configuration, dotted, with its value as written; groups stand before their keys."""
+
+    def walk(tree: dict[Any, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+        for key, value in tree.items():
+            yield f"{prefix}{key}", value
+            if isinstance(value, dict):
+                yield from walk(value, f"{prefix}{key}.")
+
+    tree = OmegaConf.to_container(cfg, resolve=False)
+    assert isinstance(tree, dict)
+    return dict(walk(tree, ""))
 
 
 def _suggest(word: str, choices: list[str]) -> str:

@@ -37,7 +37,8 @@ def local_rank() -> int:
 def device() -> torch.device:
     """This process's accelerator, or the CPU where there is none, or where DS_ACCELERATOR=cpu."""
     if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
-        return torch.device("cuda", local_rank())
+        # Slurm can show each task a single device, whatever its local rank.
+        return torch.device("cuda", local_rank() % torch.cuda.device_count())
     return torch.device("cpu")
 
 
@@ -57,6 +58,7 @@ def process_group(timeout_minutes: float) -> Iterator[None]:
     os.environ.update(RANK=str(rank()), WORLD_SIZE=str(world_size()), LOCAL_RANK=str(local_rank()))
     if device().type == "cuda":
         torch.cuda.set_device(device())
+        os.environ["LOCAL_RANK"] = str(device().index)
     else:  # ranks of one host share its cores
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
@@ -78,6 +80,11 @@ def to_device(batch: dict[str, Any]) -> dict[str, Any]:
     """A batch whose tensors lie on this rank's device; the copy does not wait."""
     target = device()
     return {k: v.to(target, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+
+
+def world() -> Any:
+    """The group of all ranks."""
+    return dist.group.WORLD
 
 
 def barrier() -> None:

@@ -5,6 +5,7 @@ float32 master weights and accumulates float32 gradients for both. The cast is o
 its own bf16 mode would cast logit_scale and the position bias too, which turns a scale of 100 into 98.4 or 101.6.
 """
 
+import math
 import os
 import re
 import warnings
@@ -127,15 +128,19 @@ class Engine:
     def __init__(
         self, model: nn.Module, groups: list[dict[str, Any]], optimizer: Callable[..., Any], ds_config: dict[str, Any]
     ) -> None:
+        # DeepSpeed would clone the world with torch's default timeout in place of the run's.
+        deepspeed.utils.groups._WORLD_GROUP = distributed.world()
         # The shared-memory collectives compile for a minute, leave 69 MB per run in /dev/shm, and are not needed.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.model = model.to(distributed.device())
         self.accumulation = ds_config["gradient_accumulation_steps"]
+        stage = ds_config["zero_optimization"]["stage"]
         self._names = {parameter: name for name, parameter in model.named_parameters()}
         self._deepspeed, *_ = deepspeed.initialize(
-            model=model, optimizer=optimizer(_one_type_each(groups)), config=ds_config
+            model=model, optimizer=optimizer(_one_type_each(groups, stage)), config=ds_config
         )
-        self._zero = ds_config["zero_optimization"]["stage"] > 0
+        self._zero = stage > 0
+        self._norms: list[Tensor] = []
         self._base = self._deepspeed.optimizer.optimizer if self._zero else self._deepspeed.optimizer
         self._allocate_optimizer_state()
 
@@ -156,12 +161,19 @@ class Engine:
             count += 1
         if count != self.accumulation:
             raise RuntimeError(f"a step takes {self.accumulation} micro-batches, the stream gave {count}")
+        if self._zero:
+            self._norms.append(torch.as_tensor(self._deepspeed.get_global_grad_norm()))
         return total / count
 
     def gradient_norm(self) -> float | None:
-        """Global norm of the last step's gradients before clipping; None under ZeRO 0, which does not keep it."""
-        norm = self._deepspeed.get_global_grad_norm()
-        return None if norm is None or not self._zero else float(norm)
+        """Global norm of the last step's gradients before clipping; NaN if any since the last call was not finite.
+
+        Kept on the device until it is asked for. None under ZeRO 0, which does not tell it.
+        """
+        if not self._norms:
+            return None
+        norms, self._norms = torch.stack(self._norms), []
+        return float(norms[-1]) if bool((norms.isfinite() & (norms >= 0)).all()) else math.nan
 
     def shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Name and shape of every trainable parameter."""
@@ -251,13 +263,14 @@ def build_engine(
     return engine
 
 
-def _one_type_each(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Split groups by parameter type, low precision first.
+def _one_type_each(groups: list[dict[str, Any]], stage: int) -> list[dict[str, Any]]:
+    """Split groups by parameter type, since ZeRO flattens a group into one buffer.
 
-    ZeRO flattens a group into one buffer, and the first group's type tells it whether gradients need a float32 buffer.
+    DeepSpeed takes the type of the first group for that of all. Stage 1 then accumulates all gradients in float32 if it
+    is bfloat16; stage 2 reduces all gradients in it, so there it must be float32.
     """
     split = []
-    for dtype in (torch.bfloat16, torch.float32):
+    for dtype in (torch.float32, torch.bfloat16) if stage == 2 else (torch.bfloat16, torch.float32):
         for group in groups:
             chosen = [(p, n) for p, n in zip(group["params"], group["names"], strict=True) if p.dtype == dtype]
             if chosen:

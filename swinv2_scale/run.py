@@ -1,12 +1,13 @@
 """A run: configuration -> model, stream, engine -> loop -> checkpoints and records."""
 
+import fcntl
 import json
 import platform
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn, TypeVar
 
 import torch
 from torch import nn
@@ -14,12 +15,15 @@ from torch import nn
 from swinv2_scale import checkpoint, config, distributed, report
 from swinv2_scale.data.manifest import Manifest, open_manifest
 from swinv2_scale.data.stream import Order, Stream, evaluation_stream, training_stream
-from swinv2_scale.engine import build_engine, cast, deepspeed_config
+from swinv2_scale.engine import Engine, build_engine, cast, deepspeed_config
 from swinv2_scale.models import memory
 from swinv2_scale.models.convert import load_checkpoint
 from swinv2_scale.optim import Schedule, parameter_groups
-from swinv2_scale.telemetry import Telemetry
+from swinv2_scale.telemetry import RECORD, Telemetry
 from swinv2_scale.train import Task, evaluate, train
+
+T = TypeVar("T")
+LOCKS: list[IO[str]] = []
 
 
 def main(config_name: str, argv: Sequence[str], action: Callable[[Any], None]) -> NoReturn:
@@ -52,55 +56,14 @@ def training(cfg: Any) -> None:
         raise ValueError(f"steps={cfg.steps} and epochs={cfg.epochs}: give one of them, or there is nothing to train")
     steps = cfg.steps or max(1, round(cfg.epochs * order.steps_per_epoch))
     schedule = build_schedule(cfg.optim, cfg.global_batch, steps, order.steps_per_epoch)
-    world_size = distributed.world_size()
-    ds_config = deepspeed_config(
-        global_batch=cfg.global_batch,
-        micro_batch=cfg.micro_batch,
-        world_size=world_size,
-        precision=cfg.precision,
-        gradient_clip=cfg.optim.gradient_clip,
-        **cfg.parallel,
-    )
     # 2  the run directory and its records
-    run_dir = open_run_dir(cfg, ds_config)
+    run_dir = open_run_dir(cfg)
     telemetry = open_telemetry(cfg, steps, order.steps_per_epoch)
-    # 3  the model: fresh, or with the weights of another run; then the memory policy, then the engine
-    torch.manual_seed(cfg.seed)
-    model = task.build(cfg.model)
-    backbone = task.backbone(model)
-    resumable = checkpoint.latest(run_dir, telemetry.say)
-    if cfg.checkpoint and resumable is None:
-        telemetry.say(str(load_checkpoint(backbone, checkpoint.weights_file(cfg.checkpoint))))
-    memory.apply(model, **cfg.memory)
-    groups = parameter_groups(
-        model, cfg.model.depths, weight_decay=cfg.optim.weight_decay, layer_decay=cfg.optim.layer_decay
-    )
-    engine = build_engine(
-        model, groups, betas=tuple(cfg.optim.betas), eps=cfg.optim.eps, precision=cfg.precision, ds_config=ds_config
-    )
-    # 4  where to begin
+    # 3  model and engine, with the state of the newest checkpoint if there is one
     identity = {"seed": cfg.seed, "global_batch": cfg.global_batch, "data": data.hash}
-    start = 0
-    if resumable is not None:
-        state = checkpoint.restore(resumable, engine, identity)
-        backbone.pretrained_windows = state["pretrained_windows"]
-        start = state["step"]
-        telemetry.say(f"continuing {resumable} at step {start} of {steps}")
-    # 5  the streams of samples
-    stream = training_stream(
-        data,
-        task.train_transform,
-        task.train_collate,
-        seed=cfg.seed,
-        global_batch=cfg.global_batch,
-        micro_batch=cfg.micro_batch,
-        rank=distributed.rank(),
-        world_size=world_size,
-        workers=cfg.workers,
-        start_step=start,
-        stop_step=steps,
-        max_corrupt_share=cfg.max_corrupt_share,
-    )
+    model, engine, start = open_model(cfg, task, run_dir, identity, telemetry)
+    # 4  the streams of samples
+    stream = open_stream(cfg, task, data, start, steps)
     held_out = open_held_out(cfg, task)
 
     def look(step: int) -> None:
@@ -108,48 +71,100 @@ def training(cfg: Any) -> None:
             look_at(model, task, *held_out, telemetry, step, pictures=step in (0, steps))
 
     def save(step: int) -> None:
-        windows = backbone.pretrained_windows
-        path = checkpoint.save(
-            run_dir,
-            engine,
-            step=step,
-            state={"identity": identity, "pretrained_windows": windows, "versions": versions()},
-            metadata={"model": config.plain(cfg.model), "pretrained_windows": windows},
-            keep=cfg.keep_checkpoints,
-        )
-        telemetry.event("checkpoint", step, path=str(path))
+        windows = task.backbone(model).pretrained_windows
+        state = {"identity": identity, "pretrained_windows": windows, "versions": versions()}
+        metadata = {"model": config.plain(cfg.model), "pretrained_windows": windows}
+        keep = cfg.keep_checkpoints
+        try:
+            path = checkpoint.save(run_dir, engine, step=step, state=state, metadata=metadata, keep=keep)
+            telemetry.event("checkpoint", step, path=str(path))
+        except OSError as error:
+            telemetry.event("checkpoint_failed", step, error=str(error))
+            telemetry.say(str(error))
+            if step == steps:
+                raise
 
-    # 6  the loop
+    # 5  the loop
     telemetry.start(
         start,
-        world_size=world_size,
+        world_size=distributed.world_size(),
         device=distributed.device().type,
         precision=cfg.precision,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         versions=versions(),
         data={"train": {"samples": len(data), "hash": data.hash}},
     )
-    if start == 0 and cfg.evaluate_first:
-        look(0)
-        telemetry.resume_clock()
-    train(
-        engine,
-        task,
-        stream,
-        schedule,
-        telemetry,
-        start=start,
-        stop=steps,
-        log_every=cfg.log_every,
-        evaluate_every=cfg.evaluate_every,
-        checkpoint_every=cfg.checkpoint_every,
-        look=look,
-        save=save,
-    )
-    telemetry.end(steps, "finished")
+    intervals = {name: cfg[name] for name in ("log_every", "evaluate_every", "checkpoint_every")}
+    try:
+        if start == 0 and cfg.evaluate_first:
+            look(0)
+            telemetry.resume_clock()
+        train(engine, task, stream, schedule, telemetry, start=start, stop=steps, look=look, save=save, **intervals)
+    except Exception as error:
+        telemetry.end(f"{type(error).__name__}: {error}")
+        raise
+    telemetry.end("finished")
     if distributed.rank() == 0:
         report.write_report(run_dir)
         telemetry.say(report.headline(run_dir))
+
+
+def open_model(
+    cfg: Any, task: Task, run_dir: Path, identity: dict[str, Any], telemetry: Telemetry
+) -> tuple[nn.Module, Engine, int]:
+    """The model, the engine that trains it, and the steps that it has been trained for."""
+    # 1  what DeepSpeed is told; impossible batches end here
+    ds_config = deepspeed_config(
+        global_batch=cfg.global_batch,
+        micro_batch=cfg.micro_batch,
+        world_size=distributed.world_size(),
+        precision=cfg.precision,
+        gradient_clip=cfg.optim.gradient_clip,
+        **cfg.parallel,
+    )
+    # 2  the model: fresh, or with the weights of another run
+    torch.manual_seed(cfg.seed)
+    model = task.build(cfg.model)
+    resumable = checkpoint.latest(run_dir, telemetry.say)
+    if cfg.checkpoint and resumable is None:
+        telemetry.say(str(load_checkpoint(model, start_weights(cfg.checkpoint))))
+    # 3  memory policy, parameter groups, engine
+    memory.apply(model, **cfg.memory)
+    optim = cfg.optim
+    groups = parameter_groups(model, cfg.model.depths, weight_decay=optim.weight_decay, layer_decay=optim.layer_decay)
+    engine = build_engine(
+        model, groups, betas=tuple(optim.betas), eps=optim.eps, precision=cfg.precision, ds_config=ds_config
+    )
+    # 4  the state of this run
+    start = 0
+    if resumable is not None:
+        state = checkpoint.restore(resumable, engine, identity)
+        task.backbone(model).pretrained_windows = state["pretrained_windows"]
+        start = state["step"]
+        telemetry.say(f"continuing {resumable} at step {start}")
+    # 5  what it was trained with; not before, so that a refused start does not touch it
+    if distributed.rank() == 0:
+        config.write_copy(cfg, run_dir)
+        (run_dir / "deepspeed.json").write_text(json.dumps(ds_config, indent=1) + "\n")
+    return model, engine, start
+
+
+def open_stream(cfg: Any, task: Task, data: Manifest, start: int, stop: int) -> Stream:
+    """This rank's training samples of the steps start … stop - 1."""
+    return training_stream(
+        data,
+        task.train_transform,
+        task.train_collate,
+        seed=cfg.seed,
+        global_batch=cfg.global_batch,
+        micro_batch=cfg.micro_batch,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        workers=cfg.workers,
+        start_step=start,
+        stop_step=stop,
+        max_corrupt_share=cfg.max_corrupt_share,
+    )
 
 
 def evaluation(cfg: Any) -> None:
@@ -157,14 +172,18 @@ def evaluation(cfg: Any) -> None:
     if not cfg.checkpoint or not cfg.data.validation:
         raise ValueError("evaluation needs checkpoint=RUN_DIR (or a file of weights) and data.validation=MANIFEST")
     task: Task = config.instantiate(cfg.task)
-    file = checkpoint.weights_file(cfg.checkpoint)
+    file = start_weights(cfg.checkpoint)
     model = task.build(cfg.model)
-    print_on_rank_0(str(load_checkpoint(task.backbone(model), file)))
+    loaded = load_checkpoint(model, file)
+    print_on_rank_0(str(loaded))
+    if loaded.fresh:
+        raise ValueError(f"checkpoint {file} lacks {', '.join(loaded.fresh)}, which would be evaluated untrained")
     cast(model, cfg.precision)
     model.to(distributed.device())
     held_out = open_held_out(cfg, task)
     assert held_out is not None
     result = {"checkpoint": str(file), "data": str(cfg.data.validation), **evaluate(model, task, held_out[0])}
+    result["replaced"] = [name for names in distributed.gathered(held_out[0].corrupt.names) for name in names]
     if distributed.rank() == 0:
         run_dir = Path(cfg.run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -176,11 +195,18 @@ def look_at(
     model: nn.Module, task: Task, stream: Stream, manifest: Manifest, telemetry: Telemetry, step: int, *, pictures: bool
 ) -> None:
     """Evaluate on held-out data, record the metrics and, if asked for, pictures of the first batch."""
+    known = len(stream.corrupt.names)
     telemetry.evaluation(step, evaluate(model, task, stream))
-    if pictures:
+    telemetry.replaced(step, stream.corrupt.names[known:])
+    if pictures and distributed.rank() == 0:
         with torch.inference_mode():
             batch = distributed.to_device(next(iter(stream)))
             telemetry.pictures(step, *task.pictures(model, batch, manifest.classes))
+
+
+def start_weights(path: str) -> Path:
+    """The file that `checkpoint=` means, the same on all ranks even while the run that it names still saves."""
+    return agreed(lambda: checkpoint.weights_file(path))
 
 
 def open_held_out(cfg: Any, task: Task) -> tuple[Stream, Manifest] | None:
@@ -202,17 +228,40 @@ def open_held_out(cfg: Any, task: Task) -> tuple[Stream, Manifest] | None:
     return stream, manifest
 
 
-def open_run_dir(cfg: Any, ds_config: dict[str, Any]) -> Path:
-    """Create the run directory and write both configurations into it. Collective; rank 0 writes."""
-    run_dir = Path(cfg.run_dir)
-    if distributed.rank() == 0:
-        if (run_dir / "metrics.jsonl").exists() and not cfg.resume:
+def open_run_dir(cfg: Any) -> Path:
+    """Create the run directory, and hold it against a second run of the same name. Collective."""
+
+    def claim() -> Path:
+        run_dir = Path(cfg.run_dir)
+        if (run_dir / RECORD).exists() and not cfg.resume:
             raise ValueError(f"run_dir={run_dir} holds a run, and resume=false: choose another name=… or remove it")
-        run_dir.mkdir(parents=True, exist_ok=True)
-        config.write_copy(cfg, run_dir)
-        (run_dir / "deepspeed.json").write_text(json.dumps(ds_config, indent=1) + "\n")
-    distributed.barrier()
-    return run_dir
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            lock = (run_dir / ".lock").open("w")
+        except OSError as error:
+            raise ValueError(f"run_dir={run_dir} cannot be written: {error}") from error
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ValueError(f"run_dir={run_dir} is in use by another run: choose another name=…") from error
+        LOCKS.append(lock)  # held until the process ends, however it ends
+        return run_dir
+
+    return agreed(claim)
+
+
+def agreed(action: Callable[[], T]) -> T:
+    """What an action on rank 0 returns, on all ranks; a ValueError that it raises, it raises on all. Collective."""
+    outcome: tuple[Any, str] = (None, "")
+    if distributed.rank() == 0:
+        try:
+            outcome = (action(), "")
+        except ValueError as error:
+            outcome = (None, str(error))
+    result, problem = distributed.from_rank_0(outcome)
+    if problem:
+        raise ValueError(problem)
+    return result
 
 
 def open_telemetry(cfg: Any, steps: int, steps_per_epoch: int) -> Telemetry:

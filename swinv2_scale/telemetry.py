@@ -7,8 +7,10 @@ Every rank holds a Telemetry, and calls it alike; rank 0's writes. An event is o
 import json
 import logging
 import math
+import os
 import secrets
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -24,6 +26,7 @@ from swinv2_scale import distributed
 from swinv2_scale.data.stream import Batch
 
 RECORD = "metrics.jsonl"
+WANDB_SECONDS = 60  # that the end of a run waits for wandb
 
 
 class Picture(NamedTuple):
@@ -61,6 +64,7 @@ class Telemetry:
         self._losses: list[Tensor] = []
         self._replaced: list[str] = []
         self._waited = 0.0
+        self._step = 0
         self._begin = self._last = time.monotonic()
         self._file = None
         self._wandb = None
@@ -83,6 +87,7 @@ class Telemetry:
         """Append one line to the record. Numbers that JSON does not know become null."""
         if self._file is None:
             return
+        self._step = step
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         self._file.write(json.dumps({"event": event, "step": step, "time": time.time(), **finite}) + "\n")
         self._file.flush()
@@ -130,9 +135,7 @@ class Telemetry:
         }
         self.event("train", step, **record)
         self._show(step, record)
-        for sample in (name for names in distributed.gathered(self._replaced) for name in names):
-            self.event("corrupt", step, sample=sample)
-            self.say(f"replaced a sample that cannot be used: {sample}")
+        self.replaced(step, self._replaced)
         self._losses, self._waited, self._replaced = [], 0.0, []
         self._last = time.monotonic()
         wrong = [f"{k} {v}" for k, v in record.items() if isinstance(v, float) and not math.isfinite(v)]
@@ -141,6 +144,12 @@ class Telemetry:
                 f"{', '.join(wrong)} within the {steps} steps before step {step}; the last checkpoint is from before. "
                 "Lower optim.lr or optim.gradient_clip, or lengthen the warm-up"
             )
+
+    def replaced(self, step: int, samples: Sequence[str]) -> None:
+        """Record the samples that this rank could not use and replaced. Collective."""
+        for sample in (name for names in distributed.gathered(list(samples)) for name in names):
+            self.event("corrupt", step, sample=sample)
+            self.say(f"replaced a sample that cannot be used: {sample}")
 
     def resume_clock(self) -> None:
         """What happened since the last record (evaluation, checkpoint) was not training time."""
@@ -170,18 +179,26 @@ class Telemetry:
             images = [wandb.Image(str(self.run_dir / str(i["file"])), caption=str(i["caption"])) for i in items]
             self._to_wandb({f"pictures/{name}": images}, step)
 
-    def end(self, step: int, reason: str) -> None:
+    def end(self, reason: str) -> None:
         """Close the record. reason: "finished", or what stopped the run."""
-        self.event("end", step, reason=reason, seconds=time.monotonic() - self._begin)
+        self.event("end", self._step, reason=reason, seconds=time.monotonic() - self._begin)
         if self._progress is not None:
             self._progress.stop()
-        if self._wandb is not None:
-            try:
-                self._wandb.finish(exit_code=0 if reason == "finished" else 1)
-            except Exception as error:  # wandb must never cost a run its end
-                self.say(f"wandb did not finish ({error}); the record is {self.run_dir / RECORD}")
         if self._file is not None:
             self._file.close()
+            self._file = None
+        if self._wandb is not None:  # it may hang or raise, and must not cost the run its end
+            finish = threading.Thread(target=self._finish_wandb, args=(self._wandb, reason), daemon=True)
+            finish.start()
+            finish.join(WANDB_SECONDS)
+            if finish.is_alive():
+                self.say(f"wandb did not finish within {WANDB_SECONDS} s; the record is {self.run_dir / RECORD}")
+
+    def _finish_wandb(self, run: Any, reason: str) -> None:
+        try:
+            run.finish(exit_code=0 if reason == "finished" else 1)
+        except Exception as error:
+            self.say(f"wandb did not finish ({error}); the record is {self.run_dir / RECORD}")
 
     def _show(self, step: int, record: dict[str, Any]) -> None:
         speed = f"{record['images_per_second']:.1f} images/s  data wait {record['data_wait']:.0%}"
@@ -236,14 +253,13 @@ def _close_last_line(record: Path) -> int:
         return 0
     content = record.read_bytes()
     complete = content[: content.rfind(b"\n") + 1]
-    if complete != content:
-        record.write_bytes(complete)
+    os.truncate(record, len(complete))
     return complete.count(b'{"event": "start"')
 
 
 def _peak_memory() -> float:
     """Largest memory of this rank so far, in 10^9 bytes: of the accelerator, or of the process."""
-    if torch.cuda.is_available():
+    if distributed.device().type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
     import resource
 

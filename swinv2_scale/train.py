@@ -66,7 +66,7 @@ def train(
         # ------------------------------------------------------------------------------------------ now and then
         done = step + 1
         saves, looks = due(done, checkpoint_every, stop), due(done, evaluate_every, stop)
-        if due(done, log_every, stop) or saves:
+        if due(done, log_every, stop) or saves or looks:
             telemetry.train(done, learning_rate=schedule(step), gradient_norm=engine.gradient_norm())
         if saves:
             save(done)

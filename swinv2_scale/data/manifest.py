@@ -68,7 +68,7 @@ class Manifest:
 
     @cached_property
     def hash(self) -> str:
-        """Hexadecimal digest of the shards' names, sizes, hashes and counts: equal if and only if the data are."""
+        """Hexadecimal digest of the shards' names, sizes, hashes (where they are known) and counts."""
         lines = (f"{shard.name} {shard.bytes} {shard.sha256} {shard.samples}\n" for shard in self.shards)
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from swinv2_scale import distributed
 from swinv2_scale.data.manifest import Manifest
 from swinv2_scale.data.shards import CorruptSampleError, decode_sample, read_sample, shuffled
 from swinv2_scale.data.transforms import Sample
@@ -270,7 +271,7 @@ def _stream(
         collate_fn=collate,
         num_workers=workers,
         persistent_workers=workers > 0,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=distributed.device().type == "cuda",
         # A loader draws its workers' seeds when an iteration begins; from torch's default generator that would change
         # the training's random state by the mere act of evaluating, or of resuming.
         generator=torch.Generator(),

@@ -13,10 +13,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from swinv2_scale.models.simmim import SimMIM
 from swinv2_scale.models.swin_v2 import SwinTransformerV2
 
 # Tables, indices and masks that others save: they belong to one window and image size, and are derived.
 DERIVED = re.compile(r"(relative_position_index|relative_coords_table|attn_mask)$")
+# Parts that a model may have and a file may lack, and the other way round.
+OPTIONAL = re.compile(r"(encoder\.)?(head\.|mask_token$)|decoder\.")
 
 
 @dataclass
@@ -62,29 +65,21 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, {}
 
 
-def load_checkpoint(model: SwinTransformerV2, path: str | Path) -> Report:
-    """Load weights into a backbone, in place. The head may differ in classes: then it stays fresh.
+def load_checkpoint(model: nn.Module, path: str | Path) -> Report:
+    """Load weights into a SwinTransformerV2 or a SimMIM, in place.
+
+    What OPTIONAL lists may be missing or of another shape: then it stays fresh.
 
     Weights of another window or image size fit, because the position bias is a function of coordinates; a file of ours
     also says in which window's units they are measured. Raises ValueError for a file that cannot be read, and for the
-    checkpoint of another model, naming the first tensor that differs.
+    checkpoint of another model, naming the first tensor that differs; the model is unchanged then.
     """
     report = Report(Path(path))
     tensors, metadata = read_checkpoint(report.path)
-    if any(name.startswith("encoder.") for name in tensors):
-        report.dropped += [name for name in tensors if not name.startswith("encoder.")]
-        report.renamed.append("encoder.* -> *")
-        tensors = {name.removeprefix("encoder."): t for name, t in tensors.items() if name.startswith("encoder.")}
-    if any(".rpe_mlp." in name for name in tensors):
-        report.renamed.append("rpe_mlp -> cpb_mlp")
-        tensors = {name.replace(".rpe_mlp.", ".cpb_mlp."): tensor for name, tensor in tensors.items()}
-    own = {name: parameter for name, parameter in model.named_parameters()}
+    own = dict(model.named_parameters())
+    tensors = _renamed(tensors, isinstance(model, SimMIM), report)
     for name, tensor in tensors.items():
-        if (
-            DERIVED.search(name)
-            or name == "mask_token"
-            or (name.startswith("head.") and not _fits(own.get(name), tensor))
-        ):
+        if DERIVED.search(name) or (OPTIONAL.match(name) and not _fits(own.get(name), tensor)):
             report.dropped.append(name)
         elif not _fits(own.get(name), tensor):
             ours = f"has {name} with shape {tuple(own[name].shape)}" if name in own else f"has no {name}"
@@ -94,8 +89,8 @@ def load_checkpoint(model: SwinTransformerV2, path: str | Path) -> Report:
             )
         else:
             report.loaded.append(name)
-    report.fresh = [name for name in own if name not in report.loaded]
-    missing = [name for name in report.fresh if not name.startswith("head.")]
+    report.fresh = [name for name in own if name not in tensors or name in report.dropped]
+    missing = [name for name in report.fresh if not OPTIONAL.match(name)]
     if missing:
         raise ValueError(f"checkpoint {path} is of another model: it lacks {missing[0]} and {len(missing) - 1} more")
     with torch.no_grad():
@@ -103,8 +98,26 @@ def load_checkpoint(model: SwinTransformerV2, path: str | Path) -> Report:
             own[name].copy_(tensors[name])
     if "pretrained_windows" in metadata:
         report.pretrained_windows = json.loads(metadata["pretrained_windows"])
-        model.pretrained_windows = report.pretrained_windows
+        backbone = model.encoder if isinstance(model, SimMIM) else model
+        assert isinstance(backbone, SwinTransformerV2)
+        backbone.pretrained_windows = report.pretrained_windows
     return report
+
+
+def _renamed(tensors: dict[str, Tensor], for_simmim: bool, report: Report) -> dict[str, Tensor]:
+    """The tensors under the names of the model: with or without a SimMIM encoder's prefix, cpb_mlp for rpe_mlp."""
+    from_simmim = any(name.startswith("encoder.") for name in tensors)
+    if from_simmim and not for_simmim:
+        report.renamed.append("encoder.* -> *")
+        report.dropped += [name for name in tensors if not name.startswith("encoder.")]
+        tensors = {name.removeprefix("encoder."): t for name, t in tensors.items() if name.startswith("encoder.")}
+    elif for_simmim and not from_simmim:
+        report.renamed.append("* -> encoder.*")
+        tensors = {f"encoder.{name}": tensor for name, tensor in tensors.items()}
+    if any(".rpe_mlp." in name for name in tensors):
+        report.renamed.append("rpe_mlp -> cpb_mlp")
+        tensors = {name.replace(".rpe_mlp.", ".cpb_mlp."): tensor for name, tensor in tensors.items()}
+    return tensors
 
 
 def _fits(parameter: nn.Parameter | None, tensor: Tensor) -> bool:

@@ -7,6 +7,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from swinv2_scale.models.swin_v2 import Block, WindowAttention
+from swinv2_scale.ops.cosine_window_attention import IMPLEMENTATIONS
 
 
 def apply(model: nn.Module, *, activations: str, attention: str) -> None:
@@ -19,6 +20,8 @@ def apply(model: nn.Module, *, activations: str, attention: str) -> None:
     """
     if activations not in ("keep", "recompute", "offload"):
         raise ValueError(f"memory.activations must be keep, recompute or offload, got {activations!r}")
+    if attention not in IMPLEMENTATIONS:
+        raise ValueError(f"memory.attention must be one of {', '.join(IMPLEMENTATIONS)}, got {attention!r}")
     for module in model.modules():
         if isinstance(module, WindowAttention):
             module.implementation = attention

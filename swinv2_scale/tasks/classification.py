@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from swinv2_scale.config import instantiate
 from swinv2_scale.data.stream import Batch
-from swinv2_scale.data.transforms import collate, to_uint8
+from swinv2_scale.data.transforms import Mix, to_uint8
 from swinv2_scale.models.swin_v2 import SwinTransformerV2
 from swinv2_scale.telemetry import Picture
 
@@ -28,7 +28,16 @@ class Classification:
         if num_classes < 2:
             raise ValueError(f"classification needs model.num_classes of 2 or more, got {num_classes}")
         self.train_transform, self.evaluation_transform = train_transform, evaluation_transform
-        self.train_collate, self.evaluation_collate = train_collate, collate
+        self.train_collate = train_collate
+        # Mixes nothing: it is there for its check of the labels.
+        self.evaluation_collate = Mix(
+            mixup_alpha=0.0,
+            cutmix_alpha=0.0,
+            probability=0.0,
+            switch_probability=0.0,
+            label_smoothing=0.0,
+            num_classes=num_classes,
+        )
 
     def build(self, model: Any) -> SwinTransformerV2:
         """The model to train, from its configuration."""
@@ -58,8 +67,9 @@ class Classification:
     def pictures(self, model: nn.Module, batch: Batch, classes: Sequence[str]) -> tuple[str, list[Picture]]:
         """Up to 24 images of a held-out batch with what the model says, wrong ones first."""
         share, predicted = torch.softmax(model(batch["image"]).float(), dim=1).max(dim=1)
-        said = [f"{classes[i]} ({p:.0%})" for i, p in zip(predicted.tolist(), share.tolist(), strict=True)]
-        is_class = [classes[i] for i in batch["label"].tolist()]
+        name = dict(enumerate(classes))  # empty for shards without a manifest
+        said = [f"{name.get(i, i)} ({p:.0%})" for i, p in zip(predicted.tolist(), share.tolist(), strict=True)]
+        is_class = [name.get(i, i) for i in batch["label"].tolist()]
         right = (predicted == batch["label"]).tolist()
         shown = sorted(range(len(right)), key=right.__getitem__)[:24]
         return "predictions", [

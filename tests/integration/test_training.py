@@ -136,7 +136,31 @@ def test_pretraining_feeds_fine_tuning_and_evaluation(launch: Launch, shards: Pa
     result = json.loads((tmp_path / "evaluated/evaluation.json").read_text())
     assert result["samples"] == 359
     assert result["loss"] == pytest.approx(tuned.events("evaluation")[STEPS]["loss"], rel=2e-2)  # bf16 weights
+    assert result["replaced"] == []
     assert result["top1"] == pytest.approx(tuned.events("evaluation")[STEPS]["top1"], abs=3 / 359)
+
+
+def test_a_simmim_run_is_evaluated_and_continued(launch: Launch, shards: Path, tmp_path: Path) -> None:
+    held_out = f"data.validation={shards}/photographs/validation"
+    first = launch("first", *simmim(shards), "micro_batch=30", held_out, "precision=fp32")
+    assert first.returncode == 0, first.output
+    evaluated = launch(
+        "e", "task=simmim", held_out, f"checkpoint={tmp_path}/first", "precision=fp32", script="evaluate"
+    )
+    assert evaluated.returncode == 0, evaluated.output
+    result = json.loads((tmp_path / "e/evaluation.json").read_text())
+    assert result["loss"] == pytest.approx(first.events("evaluation")[STEPS]["loss"], rel=1e-6)
+    continued = launch("second", *simmim(shards), "micro_batch=30", f"checkpoint={tmp_path}/first", "precision=fp32")
+    assert continued.losses()[0] < 0.95 * first.losses()[0]
+    headless = launch(
+        "h",
+        "model.num_classes=10",
+        f"data.validation={shards}/digits/validation",
+        f"checkpoint={tmp_path}/first",
+        script="evaluate",
+    )
+    assert headless.returncode == 2
+    assert "lacks head.weight, head.bias, which would be evaluated untrained" in headless.output
 
 
 def test_mistakes_end_with_one_clear_message(launch: Launch, shards: Path, tmp_path: Path) -> None:
@@ -152,7 +176,9 @@ def test_mistakes_end_with_one_clear_message(launch: Launch, shards: Path, tmp_p
     assert "global_batch=12 or global_batch=24 or micro_batch=8" in batch.output
     first = launch("x", *settings)
     assert first.returncode == 0, first.output
+    trained_with = (first.directory / "config.yaml").read_text()
     other_model = launch("x", *settings, "model.embed_dim=32")
+    assert (first.directory / "config.yaml").read_text() == trained_with
     assert other_model.returncode == 2
     assert "is of another model" in other_model.output
     other_data = launch("x", *settings, f"data.train={shards}/digits/validation")

@@ -3,12 +3,14 @@
 import hashlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
-from swinv2_scale.checkpoint import verify, weights_file
+import swinv2_scale.checkpoint as checkpoint_module
+from swinv2_scale.checkpoint import _publish, verify, weights_file
 
 
 @pytest.fixture
@@ -43,6 +45,53 @@ def test_damage_is_found_and_named(checkpoint: Path, damage: Callable[[Path], ob
     problem = verify(checkpoint)
     assert problem is not None
     assert re.search(message, problem), problem
+
+
+def seal(run_dir: Path, step: int, keep: int) -> None:
+    partial = run_dir / f"checkpoints/.step_{step:08d}.partial"
+    partial.mkdir(parents=True)
+    (partial / "model.safetensors").write_bytes(b"weights")
+    _publish(partial, run_dir / f"checkpoints/step_{step:08d}", keep)
+
+
+def test_the_newest_are_kept_and_later_ones_which_must_be_damaged_are_not(tmp_path: Path) -> None:
+    for step in (100, 200, 300):
+        seal(tmp_path, step, keep=2)
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["step_00000200", "step_00000300"]
+    assert all(verify(tmp_path / "checkpoints" / name) is None for name in names)
+    (tmp_path / "checkpoints/step_00000300/COMPLETE").unlink()  # the run continues at 200 and saves 250
+    seal(tmp_path, 250, keep=1)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000250"]
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors"])
+def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str) -> None:
+    (tmp_path / "config.yaml").write_text("name: x\n")
+    gathered: list[str] = []
+
+    class Trained:
+        def parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
+            yield "w", torch.ones(3)
+
+        def optimizer_state(self) -> Iterator[tuple[str, torch.Tensor]]:
+            gathered.append("all ranks take part")
+            yield "exp_avg.w", torch.ones(3)
+
+    def save_file(tensors: dict, path: Path, metadata: dict) -> None:
+        if path.name == file and "00000002" in str(path):
+            raise OSError(28, "No space left on device")
+        path.write_bytes(b"tensors")
+
+    monkeypatch.setattr(checkpoint_module, "save_file", save_file)
+    common = {"state": {}, "metadata": {}, "keep": 1}
+    first = checkpoint_module.save(tmp_path, Trained(), step=1, **common)
+    with pytest.raises(OSError, match=r"step_00000002 could not be written: .*No space left"):
+        checkpoint_module.save(tmp_path, Trained(), step=2, **common)
+    assert len(gathered) == 2
+    assert verify(first) is None
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000001"]
 
 
 def test_what_a_path_means(checkpoint: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Composition: what launchers add is removed, typos are named, everything in conf/ composes."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -23,9 +24,10 @@ def test_launcher_arguments_are_removed() -> None:
         ([*BASE, "optim.weigth_decay=0"], r"'optim.weigth_decay' .* Did you mean 'optim.weight_decay'\?"),
         ([*BASE, "lr=1"], r"'lr' .* Did you mean 'optim.lr'\?"),
         ([*BASE, "micro_batch"], r"'micro_batch' is not a setting: write key=value"),
+        ([*BASE, "+steps=3"], r"'\+steps=3' is not a setting: write key=value"),
         ([*BASE, "--steps=3"], r"'--steps=3' is not a setting: write key=value"),
         ([*BASE, "model.depths=[2,2"], r"model.depths=\[2,2"),
-        (["name=x", "epochs=1"], r"needs a value for data.train, global_batch: add data.train=… global_batch=…"),
+        (["epochs=1"], r"needs a value for data.train, global_batch, name: add data.train=… global_batch=… name=…"),
     ],
 )
 def test_mistakes_are_named(argv: list[str], message: str) -> None:
@@ -55,8 +57,23 @@ def test_every_choice_composes(path: Path) -> None:
     config.compose("pretrain", [*BASE, f"{path.parent.name}={path.stem}"])
 
 
-def test_evaluation_takes_the_same_settings_as_fine_tuning() -> None:
-    assert config.compose("evaluate", BASE).keys() == config.compose("finetune", BASE).keys()
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("optim:\n  weigth_decay: 0.5\n", r"the experiment sets 'optim.weigth_decay'.* 'optim.weight_decay'\?"),
+        ("log_evry: 3\n", r"the experiment sets 'log_evry'.* Did you mean 'log_every'\?"),
+        ("defaults:\n  - override /modle: t\n", "modle"),
+    ],
+)
+def test_a_typo_in_an_experiment_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, message: str
+) -> None:
+    conf = tmp_path / "conf"
+    shutil.copytree(config.CONF, conf)
+    (conf / "experiment/mine.yaml").write_text("# @package _global_\n" + text)
+    monkeypatch.setattr(config, "CONF", conf)
+    with pytest.raises(ValueError, match=message):
+        config.compose("pretrain", [*BASE, "experiment=mine"])
 
 
 def test_written_copy_is_the_resolved_configuration(tmp_path: Path) -> None:

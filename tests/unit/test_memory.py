@@ -62,6 +62,19 @@ def test_recomputation_keeps_far_less() -> None:
     assert kept_bytes({"activations": "recompute", "attention": "auto"}) < keep / 4
 
 
+def test_offload_keeps_the_inputs_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU the copy is no copy: what can be seen is that fairscale's wrapper was given each block, and offloads."""
+    model = swinv2_scale.create_model("debug", num_classes=0)
+    wrapped: list[tuple[object, bool]] = []
+    monkeypatch.setattr(
+        memory, "checkpoint_wrapper", lambda block, offload_to_cpu: wrapped.append((block, offload_to_cpu))
+    )
+    memory.apply(model, activations="offload", attention="auto")
+    assert wrapped == [(block, True) for blocks in model.blocks() for block in blocks]
+
+
 def test_unknown_policy_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"memory\.attention must be one of .*, got 'fast'"):
+        memory.apply(torch.nn.Identity(), activations="keep", attention="fast")
     with pytest.raises(ValueError, match=r"memory\.activations must be keep, recompute or offload, got 'swap'"):
         memory.apply(torch.nn.Identity(), activations="swap", attention="auto")

@@ -2,7 +2,6 @@
 
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -10,15 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from swinv2_scale import distributed
 from swinv2_scale.report import headline, write_report
 from swinv2_scale.telemetry import Picture, Telemetry
 
-
-@pytest.fixture(autouse=True)
-def one_rank() -> Iterator[None]:
-    with distributed.process_group(1):
-        yield
+pytestmark = pytest.mark.usefixtures("one_rank")
 
 
 def telemetry(run_dir: Path, wandb: str = "disabled") -> Telemetry:
@@ -46,7 +40,7 @@ def test_steps_are_averaged_and_samples_that_were_replaced_are_named(tmp_path: P
     t.loss(torch.tensor(1.0))
     t.loss(torch.tensor(2.0))
     t.train(2, learning_rate=0.5, gradient_norm=None)
-    t.end(2, "finished")
+    t.end("finished")
     start, train, corrupt, end = record(tmp_path)
     assert (start["event"], start["attempt"]) == ("start", 0)
     assert (train["step"], train["loss"], train["epoch"], train["gradient_norm"]) == (2, 1.5, 0.4, None)
@@ -98,7 +92,7 @@ def test_wandb_may_fail_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     t.start(0)
     t.loss(torch.tensor(1.0))
     t.train(1)
-    t.end(1, "finished")
+    t.end("finished")
     assert [line["event"] for line in record(tmp_path)] == ["start", "train", "end"]
     assert "wandb" in capsys.readouterr().out
 
@@ -117,7 +111,7 @@ def test_the_report_reads_what_telemetry_writes(tmp_path: Path) -> None:
     t.train(1, learning_rate=0.1, gradient_norm=1.0)
     t.evaluation(1, {"loss": 1.0, "top1": 0.9, "samples": 10.0})
     t.pictures(1, "predictions", [Picture(torch.zeros(3, 4, 4, dtype=torch.uint8), "7 <b>", False)])
-    t.end(1, "finished")
+    t.end("finished")
     page = write_report(tmp_path).read_text()
     assert "7 &lt;b&gt;" in page
     assert "data:image/png;base64" in page

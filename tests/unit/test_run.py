@@ -1,0 +1,35 @@
+"""What `run` decides before anything is trained."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from swinv2_scale import config
+from swinv2_scale.run import build_schedule, open_run_dir
+
+BASE = ["name=x", "data.train=somewhere", "global_batch=512"]
+
+
+def test_rates_are_scaled_to_the_batch_and_epochs_become_steps() -> None:
+    cfg = config.compose("pretrain", [*BASE, "optim.lr=1e-3", "optim.lr_batch=1024", "optim.warmup_epochs=2"])
+    schedule = build_schedule(cfg.optim, global_batch=512, steps=100, steps_per_epoch=10)
+    assert (schedule.lr, schedule.minimum_lr, schedule.warmup_steps) == (5e-4, 5e-6, 20)
+    cfg = config.compose("pretrain", [*BASE, "optim.lr=1e-3", "optim.lr_batch=null", "optim.warmup_steps=7"])
+    schedule = build_schedule(cfg.optim, global_batch=512, steps=100, steps_per_epoch=10)
+    assert (schedule.lr, schedule.warmup_steps) == (1e-3, 7)
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_a_run_directory_belongs_to_one_run_at_a_time(tmp_path: Path) -> None:
+    settings = SimpleNamespace(run_dir=tmp_path / "x", resume=True)
+    open_run_dir(settings)
+    with pytest.raises(ValueError, match="is in use by another run: choose another name"):
+        open_run_dir(settings)
+    (tmp_path / "y").mkdir()
+    (tmp_path / "y/metrics.jsonl").touch()
+    with pytest.raises(ValueError, match="holds a run, and resume=false"):
+        open_run_dir(SimpleNamespace(run_dir=tmp_path / "y", resume=False))
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="cannot be written"):
+        open_run_dir(SimpleNamespace(run_dir=tmp_path / "file/z", resume=True))
