@@ -81,7 +81,7 @@ class Telemetry:
 
     def say(self, text: str) -> None:
         """Print a line on rank 0's console."""
-        self.console.print(text, highlight=False, markup=False)
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def event(self, event: str, step: int, **values: Any) -> None:
         """Append one line to the record. Numbers that JSON does not know become null."""

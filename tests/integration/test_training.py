@@ -101,7 +101,7 @@ def test_a_run_cut_at_an_epochs_end_continues_bit_for_bit(
     record.write_bytes(record.read_bytes()[: record.read_bytes().find(b'"event": "train", "step": 6') + 10])
     continued = launch("whole", *settings, ranks=ranks)
     assert "does not have the recorded SHA-256" in continued.output
-    assert "at step 3 of 6" in continued.output
+    assert "at step 3" in continued.output
     assert continued.losses() == losses
     assert_equal(continued.weights(), weights)
     assert [
@@ -110,7 +110,7 @@ def test_a_run_cut_at_an_epochs_end_continues_bit_for_bit(
     # at another number of ranks: the same samples, the same losses to rounding
     shutil.rmtree(tmp_path / "whole/checkpoints/step_00000006")
     other = launch("whole", *settings, ranks=3 - ranks)
-    assert "at step 3 of 6" in other.output
+    assert "at step 3" in other.output
     assert other.losses() == pytest.approx(losses, rel=1e-5 if precision == "fp32" else 1e-2)
 
 
@@ -131,7 +131,7 @@ def test_pretraining_feeds_fine_tuning_and_evaluation(launch: Launch, shards: Pa
     assert "position bias measured in windows of [[4, 4], [4, 4], [4, 4], [2, 2]]" in tuned.output
     assert (tuned.directory / "report.html").stat().st_size > 10_000
     assert (tuned.directory / "deepspeed.json").exists()
-    evaluated = launch("evaluated", *settings[1:], f"checkpoint={tmp_path}/tuned", script="evaluate", ranks=2)
+    evaluated = launch("evaluated", *settings, f"checkpoint={tmp_path}/tuned", script="evaluate", ranks=2)
     assert evaluated.returncode == 0, evaluated.output
     result = json.loads((tmp_path / "evaluated/evaluation.json").read_text())
     assert result["samples"] == 359
