@@ -50,7 +50,8 @@ class Run:
 
     def weights(self) -> dict[str, Tensor]:
         newest = sorted((self.directory / "checkpoints").glob("step_*"))[-1]
-        return load_file(newest / "model.safetensors") | load_file(newest / "optimizer.safetensors")
+        files = [load_file(newest / name) for name in ("model.safetensors", "optimizer.safetensors")]
+        return {key: tensor.clone() for file in files for key, tensor in file.items()}  # files are mapped, not read
 
 
 @pytest.fixture(scope="session")
