@@ -146,8 +146,8 @@ def _report(arguments: argparse.Namespace) -> int:
     from swinv2_scale.report import headline, write_report
 
     for run_dir in arguments.run_dir:
-        path = write_report(run_dir)
-        print(f"{headline(run_dir)}\n{path}")
+        write_report(run_dir)
+        print(headline(run_dir))
     return 0
 
 

@@ -29,9 +29,10 @@ LOCKS: list[IO[str]] = []
 def main(config_name: str, argv: Sequence[str], action: Callable[[Any], None]) -> NoReturn:
     """Compose conf/{config_name}.yaml with argv, join the other ranks, act, and end the process.
 
-    A ValueError is the user's to solve: it becomes one paragraph and exit code 2. Anything else shows its traceback and
-    ends with 1.
+    A ValueError is the user's to solve: it becomes one paragraph and exit code 2, and its traceback goes to
+    run_dir/error.txt. Anything else shows its traceback and ends with 1.
     """
+    cfg = None
     try:
         cfg = config.compose(config_name, argv)
         with distributed.process_group(cfg.timeout_minutes):
@@ -39,6 +40,8 @@ def main(config_name: str, argv: Sequence[str], action: Callable[[Any], None]) -
         code = 0
     except ValueError as error:
         print(f"error (rank {distributed.rank()}): {_last_message(error)}", file=sys.stderr)
+        if cfg is not None and distributed.rank() == 0 and Path(cfg.run_dir).is_dir():
+            (Path(cfg.run_dir) / "error.txt").write_text(traceback.format_exc())
         code = 2
     except Exception:
         traceback.print_exc()

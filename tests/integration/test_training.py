@@ -181,6 +181,7 @@ def test_mistakes_end_with_one_clear_message(launch: Launch, shards: Path, tmp_p
     assert (first.directory / "config.yaml").read_text() == trained_with
     assert other_model.returncode == 2
     assert "is of another model" in other_model.output
+    assert "Traceback" in (other_model.directory / "error.txt").read_text()
     other_data = launch("x", *settings, f"data.train={shards}/digits/validation")
     assert other_data.returncode == 2
     assert "the order of samples cannot be continued" in other_data.output
