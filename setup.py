@@ -38,6 +38,7 @@ setup(
             "pytest>=8",
             "setuptools>=77",
             "timm>=1.0.20",
+            "transformers>=5",
             "ruff==0.17.6",
             "mypy>=1.15",
             "types-PyYAML",

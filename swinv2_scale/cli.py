@@ -1,4 +1,4 @@
-"""The command line: `swinv2-scale data|report …`.
+"""The command line: `swinv2-scale data|checkpoint|report …`.
 
 Each command is one `_add_…` function that declares its arguments, and one `_…` function that runs it and returns the
 exit code. Heavy modules are imported where they are used, so that `--help` answers at once. A ValueError is the user's
@@ -19,6 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="swinv2-scale", description="Tools around training Swin Transformer V2.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_data(commands)
+    _add_checkpoint(commands)
     _add_report(commands)
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -133,6 +134,55 @@ def _data_order(arguments: argparse.Namespace) -> int:
         parts = order.micro_batches(step, arguments.rank, arguments.world, micro_batch)
         keys = [read_sample(manifest, index)[0] for part in parts for index in part.tolist()]
         print(json.dumps({"step": step, "keys": keys}, ensure_ascii=False))
+    return 0
+
+
+def _add_checkpoint(commands: Any) -> None:
+    checkpoint = commands.add_parser("checkpoint", help="look into files of weights, and convert them")
+    actions = checkpoint.add_subparsers(metavar="ACTION", required=True)
+
+    inspect = actions.add_parser("inspect", help="layout, size and origin of a file, as JSON")
+    inspect.add_argument("file", help="a file of weights, a checkpoint, or a run directory")
+    inspect.set_defaults(run=_checkpoint_inspect)
+
+    convert = actions.add_parser("convert", help="write weights under the names of another library")
+    convert.add_argument("file", help="a file of weights, a checkpoint, or a run directory")
+    convert.add_argument("destination", type=Path, help="safetensors file to write")
+    convert.add_argument("--to", required=True, choices=("released", "timm", "torchvision", "transformers"))
+    convert.set_defaults(run=_checkpoint_convert)
+
+
+def _checkpoint_inspect(arguments: argparse.Namespace) -> int:
+    from swinv2_scale.checkpoint import weights_file
+    from swinv2_scale.models.convert import read_released
+
+    tensors, metadata, found = read_released(weights_file(arguments.file))
+    facts = {
+        "file": str(found.path),
+        "layout": found.layout,
+        "tensors": len(tensors),
+        "parameters": sum(tensor.numel() for tensor in tensors.values()),
+        "derived": len(found.dropped),
+        **{key: json.loads(value) for key, value in metadata.items() if key != "format"},
+    }
+    print(json.dumps(facts, indent=1))
+    return 0
+
+
+def _checkpoint_convert(arguments: argparse.Namespace) -> int:
+    from safetensors.torch import save_file
+
+    from swinv2_scale.checkpoint import weights_file
+    from swinv2_scale.models.convert import read_released
+    from swinv2_scale.models.layouts import from_released
+
+    tensors, metadata, found = read_released(weights_file(arguments.file))
+    if arguments.destination.exists():
+        raise ValueError(f"{arguments.destination} exists: remove it or choose another name")
+    # Only the released layout can say in which window's units its position bias measures.
+    header = metadata if arguments.to == "released" else {"format": "pt"}
+    save_file(from_released(tensors, arguments.to), arguments.destination, header)
+    print(f"{found.path} ({found.layout} layout, {len(tensors)} tensors) -> {arguments.destination} ({arguments.to})")
     return 0
 
 

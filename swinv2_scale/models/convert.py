@@ -1,4 +1,4 @@
-"""Weights from a file into a model: released naming, with or without a SimMIM encoder's prefix.
+"""Weights from a file into a model, whatever layout the file has (see layouts.py).
 
 Files are read as safetensors, or with torch.load(weights_only=True): nothing in them is executed.
 """
@@ -13,11 +13,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from swinv2_scale.models.layouts import DERIVED, detect, to_released
 from swinv2_scale.models.simmim import SimMIM
 from swinv2_scale.models.swin_v2 import SwinTransformerV2
 
-# Tables, indices and masks that others save: they belong to one window and image size, and are derived.
-DERIVED = re.compile(r"(relative_position_index|relative_coords_table|attn_mask)$")
 # Parts that a model may have and a file may lack, and the other way round.
 OPTIONAL = re.compile(r"(encoder\.)?(head\.|mask_token$)|decoder\.")
 
@@ -27,6 +26,7 @@ class Report:
     """What became of each tensor of a checkpoint. `fresh` are parameters of the model that it did not have."""
 
     path: Path
+    layout: str
     loaded: list[str] = field(default_factory=list)
     renamed: list[str] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
@@ -34,7 +34,7 @@ class Report:
     pretrained_windows: list[list[int]] | None = None
 
     def __str__(self) -> str:
-        lines = [f"{self.path}: {len(self.loaded)} tensors loaded"]
+        lines = [f"{self.path} ({self.layout} layout): {len(self.loaded)} tensors loaded"]
         for name in ("renamed", "dropped", "fresh"):
             values = getattr(self, name)
             if values:
@@ -74,12 +74,11 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> Report:
     also says in which window's units they are measured. Raises ValueError for a file that cannot be read, and for the
     checkpoint of another model, naming the first tensor that differs; the model is unchanged then.
     """
-    report = Report(Path(path))
-    tensors, metadata = read_checkpoint(report.path)
+    tensors, metadata, report = read_released(Path(path))
     own = dict(model.named_parameters())
-    tensors = _renamed(tensors, isinstance(model, SimMIM), report)
+    tensors = _for_model(tensors, isinstance(model, SimMIM), report)
     for name, tensor in tensors.items():
-        if DERIVED.search(name) or (OPTIONAL.match(name) and not _fits(own.get(name), tensor)):
+        if OPTIONAL.match(name) and not _fits(own.get(name), tensor):
             report.dropped.append(name)
         elif not _fits(own.get(name), tensor):
             ours = f"has {name} with shape {tuple(own[name].shape)}" if name in own else f"has no {name}"
@@ -104,8 +103,20 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> Report:
     return report
 
 
-def _renamed(tensors: dict[str, Tensor], for_simmim: bool, report: Report) -> dict[str, Tensor]:
-    """The tensors under the names of the model: with or without a SimMIM encoder's prefix, cpb_mlp for rpe_mlp."""
+def read_released(path: Path) -> tuple[dict[str, Tensor], dict[str, str], Report]:
+    """The tensors of a file of any layout under released names, its metadata, and what was renamed and dropped."""
+    tensors, metadata = read_checkpoint(path)
+    try:
+        layout = detect(tensors)
+        released = to_released(tensors, layout)
+    except ValueError as error:
+        raise ValueError(f"checkpoint {path}: {error}") from error
+    dropped = [name for name in tensors if DERIVED.search(name) or name.endswith("attn.k_bias")]
+    return released, metadata, Report(path, layout=layout, dropped=dropped)
+
+
+def _for_model(tensors: dict[str, Tensor], for_simmim: bool, report: Report) -> dict[str, Tensor]:
+    """The tensors with or without a SimMIM encoder's prefix, as the model has it."""
     from_simmim = any(name.startswith("encoder.") for name in tensors)
     if from_simmim and not for_simmim:
         report.renamed.append("encoder.* -> *")
@@ -114,9 +125,6 @@ def _renamed(tensors: dict[str, Tensor], for_simmim: bool, report: Report) -> di
     elif for_simmim and not from_simmim:
         report.renamed.append("* -> encoder.*")
         tensors = {f"encoder.{name}": tensor for name, tensor in tensors.items()}
-    if any(".rpe_mlp." in name for name in tensors):
-        report.renamed.append("rpe_mlp -> cpb_mlp")
-        tensors = {name.replace(".rpe_mlp.", ".cpb_mlp."): tensor for name, tensor in tensors.items()}
     return tensors
 
 

@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import swinv2_scale
+from swinv2_scale.cli import main
 from swinv2_scale.models.convert import load_checkpoint, read_checkpoint
+from swinv2_scale.models.layouts import from_released
 from swinv2_scale.models.simmim import SimMIM
 
 
@@ -39,6 +41,35 @@ def test_a_released_file_loads_without_its_buffers(tmp_path: Path) -> None:
     report = load_checkpoint(target, tmp_path / "released.pth")
     assert sorted(report.dropped) == sorted(buffers)
     assert all(torch.equal(a, b) for a, b in zip(source.parameters(), target.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("layout", ["timm", "torchvision", "transformers"])
+def test_every_layout_loads_and_is_written_back(tmp_path: Path, layout: str) -> None:
+    source = model()
+    save_file(from_released(source.state_dict(), layout), tmp_path / "theirs.safetensors")
+    target = model()
+    report = load_checkpoint(target, tmp_path / "theirs.safetensors")
+    assert report.layout == layout
+    assert report.fresh == []
+    assert all(torch.equal(a, b) for a, b in zip(source.parameters(), target.parameters(), strict=True))
+    command = ["checkpoint", "convert", str(tmp_path / "theirs.safetensors"), str(tmp_path / "ours.safetensors")]
+    assert main([*command, "--to", "released"]) == 0
+    assert all(
+        torch.equal(source.state_dict()[name], t) for name, t in load_file(tmp_path / "ours.safetensors").items()
+    )
+    assert main([*command, "--to", "released"]) == 2  # does not overwrite
+
+
+def test_inspect_says_what_a_file_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_file(model().state_dict(), tmp_path / "m.safetensors", {"pretrained_windows": "[[8, 8]]"})
+    assert main(["checkpoint", "inspect", str(tmp_path / "m.safetensors")]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["layout"] == "released"
+    assert facts["parameters"] == sum(parameter.numel() for parameter in model().parameters())
+    assert facts["pretrained_windows"] == [[8, 8]]
+    save_file({"w": torch.zeros(1)}, tmp_path / "other.safetensors")
+    assert main(["checkpoint", "inspect", str(tmp_path / "other.safetensors")]) == 2
+    assert "not the weights of a Swin Transformer V2 in a known layout" in capsys.readouterr().err
 
 
 def test_another_number_of_classes_keeps_the_fresh_head(tmp_path: Path) -> None:

@@ -98,4 +98,4 @@ def test_help_lists_the_commands(capsys):
     with pytest.raises(SystemExit) as exit_code:
         main(["--help"])
     assert exit_code.value.code == 0
-    assert {"data", "report"} <= set(capsys.readouterr().out.split())
+    assert {"data", "checkpoint", "report"} <= set(capsys.readouterr().out.split())
