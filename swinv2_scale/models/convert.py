@@ -1,6 +1,6 @@
 """Weights from a file into a model, whatever layout the file has (see layouts.py).
 
-Files are read as safetensors, or with torch.load(weights_only=True): nothing in them is executed.
+Files are read as safetensors, or as pickles of which only tensors are rebuilt: nothing in them is executed.
 """
 
 import json
@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from swinv2_scale.models import inert_pickle
 from swinv2_scale.models.layouts import DERIVED, detect, to_released
 from swinv2_scale.models.simmim import SimMIM
 from swinv2_scale.models.swin_v2 import SwinTransformerV2
@@ -55,12 +56,12 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         except SafetensorError as error:
             raise ValueError(f"checkpoint {path} is damaged or no safetensors file: {error}") from error
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = inert_pickle.load(path)
     except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ValueError(f"checkpoint {path} cannot be read without executing code from it: {reason}") from error
-    tensors = content.get("model", content) if isinstance(content, dict) else {}
-    if not tensors or not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise ValueError(f"checkpoint {path} is damaged or no file of torch.save: {reason}") from error
+    tensors = content.get("model", content.get("state_dict", content)) if isinstance(content, dict) else {}
+    if not isinstance(tensors, dict) or not tensors or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise ValueError(f"checkpoint {path} holds no model weights: expected tensors by name, or those under 'model'")
     return tensors, {}
 

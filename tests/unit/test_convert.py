@@ -95,6 +95,27 @@ def test_the_checkpoint_of_another_model_is_refused_and_changes_nothing(tmp_path
         load_checkpoint(target, tmp_path / "s.safetensors")
 
 
+class Settings(dict):
+    """As the configuration objects that training scripts save beside the weights."""
+
+    def __init__(self, **values: object) -> None:
+        super().__init__(values)
+        self.frozen = True
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_resumable_file_loads_although_it_pickles_objects_and_code(tmp_path: Path, zipped: bool) -> None:
+    source, target = model(), model()
+    harmful = Malicious(tmp_path / "executed")
+    content = {"model": source.state_dict(), "config": Settings(lr=0.1, names=["a"]), "epoch": 3, "extra": [harmful]}
+    torch.save(content, tmp_path / "ckpt_epoch_3.pth", _use_new_zipfile_serialization=zipped)
+    load_checkpoint(target, tmp_path / "ckpt_epoch_3.pth")
+    assert all(torch.equal(a, b) for a, b in zip(source.parameters(), target.parameters(), strict=True))
+    assert not (tmp_path / "executed").exists()
+    torch.load(tmp_path / "ckpt_epoch_3.pth", weights_only=False)  # the file does harm when it is read carelessly
+    assert (tmp_path / "executed").exists()
+
+
 class Malicious:
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -111,10 +132,14 @@ def test_damaged_and_malicious_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="damaged or no safetensors"):
         read_checkpoint(tmp_path / "cut.safetensors")
     (tmp_path / "empty.pth").touch()
-    with pytest.raises(ValueError, match="cannot be read without executing code"):
+    with pytest.raises(ValueError, match=r"damaged or no file of torch\.save"):
         read_checkpoint(tmp_path / "empty.pth")
+    torch.save({"model": model().state_dict()}, tmp_path / "whole.pth")
+    (tmp_path / "cut.pth").write_bytes((tmp_path / "whole.pth").read_bytes()[:-5000])
+    with pytest.raises(ValueError, match=r"damaged or no file of torch\.save"):
+        read_checkpoint(tmp_path / "cut.pth")
     torch.save({"model": Malicious(tmp_path / "executed")}, tmp_path / "bad.pth")
-    with pytest.raises(ValueError, match="cannot be read without executing code"):
+    with pytest.raises(ValueError, match="holds no model weights"):
         read_checkpoint(tmp_path / "bad.pth")
     assert not (tmp_path / "executed").exists()
     torch.save({"epoch": 3}, tmp_path / "odd.pth")
