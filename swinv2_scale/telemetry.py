@@ -65,6 +65,7 @@ class Telemetry:
         self._replaced: list[str] = []
         self._waited = 0.0
         self._step = 0
+        self.attempt = 0
         self._begin = self._last = time.monotonic()
         self._file = None
         self._wandb = None
@@ -97,7 +98,7 @@ class Telemetry:
 
     def start(self, step: int, **facts: Any) -> None:
         """The run, or its continuation, begins at `step`."""
-        self.event("start", step, attempt=getattr(self, "attempt", 0), **facts)
+        self.event("start", step, attempt=self.attempt, **facts)
         self._last = time.monotonic()
 
     def timed(self, stream: Iterable[Batch]) -> Iterator[Batch]:
