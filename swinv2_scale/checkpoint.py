@@ -131,15 +131,15 @@ def verify(path: Path) -> str | None:
 def restore(path: Path, engine: Engine, identity: dict[str, Any]) -> dict[str, Any]:
     """Load a verified checkpoint into the engine, and return the state that was saved with it.
 
-    identity: what must be as it was (seed, global batch, data) for the order of samples to continue. Raises ValueError
-    when it is not, and when the checkpoint is of another model.
+    identity: what must be as it was (seed, global batch, data, model) for the run to continue. Raises ValueError when
+    it is not, and when the checkpoint is of the model of another task.
     """
     state = json.loads((path / "state.json").read_text())
     for key, value in identity.items():
         if state["identity"].get(key) != value:
             raise ValueError(
-                f"checkpoint {path} was trained with {key} {state['identity'].get(key)}, not {value} as here: "
-                "the order of samples cannot be continued. Restore it, or start another run (name=…) with checkpoint=…"
+                f"checkpoint {path} was trained with {key}={state['identity'].get(key)}, not {value} as here: this run "
+                "cannot be continued. Restore the setting, or start another run (name=…) with checkpoint=…"
             )
     expected = dict(engine.shapes())
     with safe_open(path / "model.safetensors", framework="pt") as model:

@@ -173,12 +173,16 @@ def _checkpoint_convert(arguments: argparse.Namespace) -> int:
     from safetensors.torch import save_file
 
     from swinv2_scale.checkpoint import weights_file
-    from swinv2_scale.models.convert import read_released
+    from swinv2_scale.models.convert import for_model, read_released
     from swinv2_scale.models.layouts import from_released
 
     tensors, metadata, found = read_released(weights_file(arguments.file))
     if arguments.destination.exists():
         raise ValueError(f"{arguments.destination} exists: remove it or choose another name")
+    if arguments.to in ("timm", "torchvision"):  # which have no SimMIM
+        tensors = for_model(tensors, False, found)
+        if found.dropped:
+            print(f"left out: {', '.join(found.dropped)}")
     # Only the released layout can say in which window's units its position bias measures.
     header = metadata if arguments.to == "released" else {"format": "pt"}
     save_file(from_released(tensors, arguments.to), arguments.destination, header)

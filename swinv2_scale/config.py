@@ -86,6 +86,22 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in container.items()}
 
 
+def changes(cfg: DictConfig, copy: Path) -> list[str]:
+    """Settings that differ from an earlier copy of the configuration, as "key: old -> new"; none without a copy."""
+    if not copy.exists():
+        return []
+    old, new = (_settings(OmegaConf.create(tree)) for tree in (yaml.safe_load(copy.read_text()), plain(cfg)))
+    leaves = [key for key in new if not isinstance(new[key], dict) and old.get(key) != new[key]]
+    return [f"{key}: {old.get(key)} -> {new[key]}" for key in leaves]
+
+
+def help_text(config_name: str) -> str:
+    """What can be set: the head of conf/{config_name}.yaml, the choices of each group, and the common knobs."""
+    head = [line for line in (CONF / f"{config_name}.yaml").read_text().splitlines() if line.startswith("#")]
+    choices = [f"{g}= {' '.join(sorted(p.stem for p in (CONF / g).glob('[!_]*.yaml')))}" for g in _groups()]
+    return "\n".join([*head, "", *choices, "", (CONF / "_run.yaml").read_text()])
+
+
 def write_copy(cfg: DictConfig, directory: Path) -> Path:
     """Write the resolved configuration to directory/config.yaml."""
     path = directory / "config.yaml"

@@ -92,7 +92,10 @@ class Schedule:
         if self.kind not in ("cosine", "linear", "multistep"):
             raise ValueError(f"optim.schedule must be cosine, linear or multistep, got {self.kind!r}")
         if not 0 <= self.warmup_steps <= self.steps:
-            raise ValueError(f"the warm-up of {self.warmup_steps} steps is longer than the run of {self.steps} steps")
+            raise ValueError(
+                f"the warm-up of {self.warmup_steps} steps is longer than the run of {self.steps} steps: set "
+                "optim.warmup_epochs or optim.warmup_steps, or train longer"
+            )
 
     def __call__(self, step: int) -> float:
         """Learning rate of step 0, 1, …"""

@@ -32,6 +32,9 @@ def main(config_name: str, argv: Sequence[str], action: Callable[[Any], None]) -
     A ValueError is the user's to solve: it becomes one paragraph and exit code 2, and its traceback goes to
     run_dir/error.txt. Anything else shows its traceback and ends with 1.
     """
+    if {"-h", "--help"} & set(argv):
+        print_on_rank_0(config.help_text(config_name))
+        distributed.end_process(0)
     cfg = None
     try:
         cfg = config.compose(config_name, argv)
@@ -43,6 +46,9 @@ def main(config_name: str, argv: Sequence[str], action: Callable[[Any], None]) -
         if cfg is not None and distributed.rank() == 0 and Path(cfg.run_dir).is_dir():
             (Path(cfg.run_dir) / "error.txt").write_text(traceback.format_exc())
         code = 2
+    except KeyboardInterrupt:
+        print_on_rank_0("interrupted: repeat the command to continue from the last checkpoint")
+        code = 130
     except Exception:
         traceback.print_exc()
         code = 1
@@ -63,11 +69,13 @@ def training(cfg: Any) -> None:
     run_dir = open_run_dir(cfg)
     telemetry = open_telemetry(cfg, steps, order.steps_per_epoch)
     # 3  model and engine, with the state of the newest checkpoint if there is one
-    identity = {"seed": cfg.seed, "global_batch": cfg.global_batch, "data": data.hash}
+    identity = {"seed": cfg.seed, "global_batch": cfg.global_batch, "data": data.hash[:16]}
+    identity |= {f"model.{key}": value for key, value in config.plain(cfg.model).items()}
     model, engine, start = open_model(cfg, task, run_dir, identity, telemetry)
     # 4  the streams of samples
     stream = open_stream(cfg, task, data, start, steps)
     held_out = open_held_out(cfg, task)
+    task.check_classes(data.classes, *([held_out[1].classes] if held_out else []))
 
     def look(step: int) -> None:
         if held_out is not None:
@@ -76,7 +84,7 @@ def training(cfg: Any) -> None:
     def save(step: int) -> None:
         windows = task.backbone(model).pretrained_windows
         state = {"identity": identity, "pretrained_windows": windows, "versions": versions()}
-        metadata = {"model": config.plain(cfg.model), "pretrained_windows": windows}
+        metadata = {"model": config.plain(cfg.model), "pretrained_windows": windows, "classes": data.classes}
         keep = cfg.keep_checkpoints
         try:
             path = checkpoint.save(run_dir, engine, step=step, state=state, metadata=metadata, keep=keep)
@@ -103,7 +111,7 @@ def training(cfg: Any) -> None:
             look(0)
             telemetry.resume_clock()
         train(engine, task, stream, schedule, telemetry, start=start, stop=steps, look=look, save=save, **intervals)
-    except Exception as error:
+    except BaseException as error:  # Ctrl-C too
         telemetry.end(f"{type(error).__name__}: {error}")
         raise
     telemetry.end("finished")
@@ -147,6 +155,9 @@ def open_model(
         telemetry.say(f"continuing {resumable} at step {start}")
     # 5  what it was trained with; not before, so that a refused start does not touch it
     if distributed.rank() == 0:
+        for change in config.changes(cfg, run_dir / "config.yaml"):
+            telemetry.say(f"changed since the last attempt: {change}")
+        (run_dir / "error.txt").unlink(missing_ok=True)
         config.write_copy(cfg, run_dir)
         (run_dir / "deepspeed.json").write_text(json.dumps(ds_config, indent=1) + "\n")
     return model, engine, start
@@ -180,11 +191,15 @@ def evaluation(cfg: Any) -> None:
     loaded = load_checkpoint(model, file)
     print_on_rank_0(str(loaded))
     if loaded.fresh:
-        raise ValueError(f"checkpoint {file} lacks {', '.join(loaded.fresh)}, which would be evaluated untrained")
+        raise ValueError(
+            f"checkpoint {file} has no {', '.join(loaded.fresh)} of this shape, which would be evaluated untrained: "
+            "set model.num_classes to that of the file, or task= to what it was trained for"
+        )
     cast(model, cfg.precision)
     model.to(distributed.device())
     held_out = open_held_out(cfg, task)
     assert held_out is not None
+    task.check_classes(loaded.classes, held_out[1].classes)
     result = {"checkpoint": str(file), "data": str(cfg.data.validation), **evaluate(model, task, held_out[0])}
     result["replaced"] = [name for names in distributed.gathered(held_out[0].corrupt.names) for name in names]
     if distributed.rank() == 0:

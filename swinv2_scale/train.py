@@ -30,6 +30,9 @@ class Task(Protocol):
     def backbone(self, model: nn.Module) -> SwinTransformerV2:
         """The part of a built model that weights of another run fill."""
 
+    def check_classes(self, *classes: Sequence[str]) -> None:
+        """Raise ValueError if training and held-out data (names of classes, empty if unknown) do not fit the task."""
+
     def loss(self, model: Callable, batch: Batch) -> Tensor:
         """Mean loss of a micro-batch: scalar."""
 
@@ -101,4 +104,4 @@ def evaluate(model: nn.Module, task: Task, stream: Iterable[Batch]) -> dict[str,
                 totals[name] = totals[name] + value
             totals["samples"] = totals["samples"] + len(batch["key"])
     sums = distributed.sum_over_ranks({name: float(value) for name, value in totals.items()})
-    return {name: sums[name] / sums["samples"] for name in task.metrics} | {"samples": sums["samples"]}
+    return {name: sums[name] / sums["samples"] for name in task.metrics} | {"samples": int(sums["samples"])}

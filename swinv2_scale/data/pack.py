@@ -4,6 +4,7 @@ Packing shuffles once, so that a plain sequential reader (any program that uses 
 writes near-equal shards whose bytes depend on the samples, the seed and the shard size only.
 """
 
+import hashlib
 import logging
 import os
 import re
@@ -49,14 +50,12 @@ def pack(source: str, destination: Path, *, format: str, shard_size: int | str, 
     if format == "imagefolder":
         source = str(Path(source).expanduser().resolve())
     destination = Path(destination).expanduser().absolute()
+    classes, items = image_folder(Path(source)) if format == "imagefolder" else demo.samples(source)
     origin = {"source": source, "format": format, "seed": seed, "shard_size": str(shard_size)}
+    origin["files"] = _fingerprint(items)
     if _is_packed(destination, origin):
         log.info("already packed: %s", destination)
         return open_manifest(destination)
-    if format == "imagefolder":
-        classes, items = image_folder(Path(source))
-    else:
-        classes, items = demo.samples(source)
     partial = destination.parent / f".{destination.name}.partial-{os.getpid()}"
     partial.mkdir(parents=True)
     try:
@@ -151,6 +150,17 @@ def index(directory: Path) -> Manifest:
         raise ValueError(f"{directory} already has a {MANIFEST_NAME}; remove it first if the shards have changed")
     root, shards, offsets = index_shards(paths, hashes=True)
     return write_manifest(root, shards, offsets, classes=(), origin={})
+
+
+def _fingerprint(items: Sequence[Item]) -> str:
+    """Tells whether a source is what it was: names, and sizes and times of files (contents of what is in memory)."""
+    digest = hashlib.sha256()
+    for key, _, label, content in items:
+        state = (
+            content if isinstance(content, bytes) else f"{content.stat().st_size} {content.stat().st_mtime_ns}".encode()
+        )
+        digest.update(f"{key} {label} ".encode("utf-8", "surrogateescape") + state)
+    return digest.hexdigest()[:16]
 
 
 def _packed_bytes(item: Item) -> int:

@@ -197,7 +197,7 @@ class Mix:
         if self.on and len(samples) % 2:
             raise ValueError(
                 f"mixing pairs neighbours and the micro-batch has {len(samples)} samples; "
-                "choose an even micro-batch, or switch mixing off with mixup_alpha=0 cutmix_alpha=0"
+                "choose an even micro-batch, or switch mixing off with task.train_collate.probability=0"
             )
         if self.on:
             for first in range(0, len(samples), 2):

@@ -33,6 +33,7 @@ class Report:
     dropped: list[str] = field(default_factory=list)
     fresh: list[str] = field(default_factory=list)
     pretrained_windows: list[list[int]] | None = None
+    classes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         lines = [f"{self.path} ({self.layout} layout): {len(self.loaded)} tensors loaded"]
@@ -48,7 +49,8 @@ class Report:
 def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and the metadata of a file. Raises ValueError that says what is wrong with the file."""
     if not path.is_file():
-        raise ValueError(f"checkpoint {path}: there is no such file")
+        what = "this is a directory, name the file in it" if path.is_dir() else "there is no such file"
+        raise ValueError(f"checkpoint {path}: {what}")
     if path.suffix == ".safetensors":
         try:
             with safe_open(path, framework="pt") as file:
@@ -77,7 +79,7 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> Report:
     """
     tensors, metadata, report = read_released(Path(path))
     own = dict(model.named_parameters())
-    tensors = _for_model(tensors, isinstance(model, SimMIM), report)
+    tensors = for_model(tensors, isinstance(model, SimMIM), report)
     for name, tensor in tensors.items():
         if OPTIONAL.match(name) and not _fits(own.get(name), tensor):
             report.dropped.append(name)
@@ -113,16 +115,21 @@ def read_released(path: Path) -> tuple[dict[str, Tensor], dict[str, str], Report
     except ValueError as error:
         raise ValueError(f"checkpoint {path}: {error}") from error
     dropped = [name for name in tensors if DERIVED.search(name) or name.endswith("attn.k_bias")]
-    return released, metadata, Report(path, layout=layout, dropped=dropped)
+    return (
+        released,
+        metadata,
+        Report(path, layout=layout, dropped=dropped, classes=json.loads(metadata.get("classes", "[]"))),
+    )
 
 
-def _for_model(tensors: dict[str, Tensor], for_simmim: bool, report: Report) -> dict[str, Tensor]:
+def for_model(tensors: dict[str, Tensor], for_simmim: bool, report: Report) -> dict[str, Tensor]:
     """The tensors with or without a SimMIM encoder's prefix, as the model has it."""
     from_simmim = any(name.startswith("encoder.") for name in tensors)
     if from_simmim and not for_simmim:
         report.renamed.append("encoder.* -> *")
-        report.dropped += [name for name in tensors if not name.startswith("encoder.")]
-        tensors = {name.removeprefix("encoder."): t for name, t in tensors.items() if name.startswith("encoder.")}
+        own = [name for name in tensors if not name.startswith("encoder.") or name == "encoder.mask_token"]
+        report.dropped += own
+        tensors = {name.removeprefix("encoder."): tensor for name, tensor in tensors.items() if name not in own}
     elif for_simmim and not from_simmim:
         report.renamed.append("* -> encoder.*")
         tensors = {f"encoder.{name}": tensor for name, tensor in tensors.items()}

@@ -28,6 +28,7 @@ class Classification:
         if num_classes < 2:
             raise ValueError(f"classification needs model.num_classes of 2 or more, got {num_classes}")
         self.train_transform, self.evaluation_transform = train_transform, evaluation_transform
+        self.num_classes = num_classes
         self.train_collate = train_collate
         # Mixes nothing: it is there for its check of the labels.
         self.evaluation_collate = Mix(
@@ -49,6 +50,22 @@ class Classification:
         """The part of a built model that `checkpoint=` fills."""
         assert isinstance(model, SwinTransformerV2)
         return model
+
+    def check_classes(self, *classes: Sequence[str]) -> None:
+        """Raises ValueError unless all data have the same classes, as many as the model."""
+        known = [list(names) for names in classes if names]
+        for names in known:
+            if len(names) != self.num_classes:
+                raise ValueError(
+                    f"the data has {len(names)} classes and the model {self.num_classes}: "
+                    f"set model.num_classes={len(names)}"
+                )
+            if names != known[0]:
+                odd = sorted(set(names) ^ set(known[0]))[:3] or "the same ones in another order"
+                raise ValueError(
+                    f"training and held-out data number their classes differently ({odd}): pack both from trees with "
+                    "the same class directories"
+                )
 
     def loss(self, model: Callable, batch: Batch) -> Tensor:
         """Mean cross-entropy of the micro-batch, computed in float32."""

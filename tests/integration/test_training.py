@@ -160,7 +160,7 @@ def test_a_simmim_run_is_evaluated_and_continued(launch: Launch, shards: Path, t
         script="evaluate",
     )
     assert headless.returncode == 2
-    assert "lacks head.weight, head.bias, which would be evaluated untrained" in headless.output
+    assert "has no head.weight, head.bias of this shape" in headless.output
 
 
 def test_mistakes_end_with_one_clear_message(launch: Launch, shards: Path, tmp_path: Path) -> None:
@@ -180,12 +180,15 @@ def test_mistakes_end_with_one_clear_message(launch: Launch, shards: Path, tmp_p
     other_model = launch("x", *settings, "model.embed_dim=32")
     assert (first.directory / "config.yaml").read_text() == trained_with
     assert other_model.returncode == 2
-    assert "is of another model" in other_model.output
+    assert "was trained with model.embed_dim=16, not 32 as here" in other_model.output
     assert "Traceback" in (other_model.directory / "error.txt").read_text()
     other_data = launch("x", *settings, f"data.train={shards}/digits/validation")
     assert other_data.returncode == 2
-    assert "the order of samples cannot be continued" in other_data.output
-    for run in (misspelt, missing, batch, other_model, other_data):
+    assert "this run cannot be continued" in other_data.output
+    classes = launch("y", *settings, "model.num_classes=12")
+    assert classes.returncode == 2
+    assert "set model.num_classes=10" in classes.output
+    for run in (misspelt, missing, batch, other_model, other_data, classes):
         assert "Traceback" not in run.output
         assert len(run.output.splitlines()) < 40
 

@@ -26,7 +26,7 @@ def test_a_simmim_encoder_becomes_a_classifier_at_another_window(tmp_path: Path)
     report = load_checkpoint(target, tmp_path / "m.safetensors")
     assert torch.equal(target.layers[1].blocks[0].mlp.fc1.weight, pretrained.encoder.layers[1].blocks[0].mlp.fc1.weight)
     assert sorted(report.fresh) == ["head.bias", "head.weight"]
-    assert sorted(report.dropped) == ["decoder.0.bias", "decoder.0.weight", "mask_token"]
+    assert sorted(report.dropped) == ["decoder.0.bias", "decoder.0.weight", "encoder.mask_token"]
     assert target.pretrained_windows == windows == [[8, 8], [8, 8], [8, 8], [4, 4]]
     assert "encoder.* -> *" in str(report)
 
@@ -145,3 +145,11 @@ def test_damaged_and_malicious_files_are_refused(tmp_path: Path) -> None:
     torch.save({"epoch": 3}, tmp_path / "odd.pth")
     with pytest.raises(ValueError, match="holds no model weights"):
         read_checkpoint(tmp_path / "odd.pth")
+
+
+def test_a_simmim_is_converted_without_its_decoder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_file(SimMIM(model(num_classes=0), norm_target_window=0).state_dict(), tmp_path / "m.safetensors")
+    assert main(["checkpoint", "convert", str(tmp_path / "m.safetensors"), str(tmp_path / "t"), "--to", "timm"]) == 0
+    left_out = capsys.readouterr().out.splitlines()[0].removeprefix("left out: ").split(", ")
+    assert sorted(left_out) == ["decoder.0.bias", "decoder.0.weight", "encoder.mask_token"]
+    assert "layers.1.downsample.norm.weight" in load_file(tmp_path / "t")

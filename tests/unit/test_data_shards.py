@@ -126,6 +126,9 @@ def test_second_packing_is_left_alone_and_another_one_refused(folder, tmp_path, 
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
     with pytest.raises(ValueError, match=r"seed 0, not 5.*another directory"):
         pack(str(folder), tmp_path / "out", **{**arguments, "seed": 5})
+    next(folder.rglob("*.png")).unlink()  # a source that has changed is not what was packed
+    with pytest.raises(ValueError, match=r"was packed with files .*remove it"):
+        pack(str(folder), tmp_path / "out", **arguments)
     with pytest.raises(ValueError, match="seed -1 is negative"):
         pack(str(folder), tmp_path / "other", **{**arguments, "seed": -1})
     with pytest.raises(ValueError, match="holds no packed data"):

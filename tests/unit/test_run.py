@@ -33,3 +33,27 @@ def test_a_run_directory_belongs_to_one_run_at_a_time(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="cannot be written"):
         open_run_dir(SimpleNamespace(run_dir=tmp_path / "file/z", resume=True))
+
+
+def test_data_must_have_the_classes_of_the_model_and_of_each_other() -> None:
+    cfg = config.compose("finetune", [*BASE, "model.num_classes=2"])
+    task = config.instantiate(cfg.task)
+    task.check_classes(("cat", "dog"), ("cat", "dog"), ())
+    with pytest.raises(ValueError, match=r"3 classes and the model 2: set model\.num_classes=3"):
+        task.check_classes(("cat", "dog", "fox"))
+    with pytest.raises(ValueError, match=r"number their classes differently \(\['dog', 'fox'\]\)"):
+        task.check_classes(("cat", "dog"), ("cat", "fox"))
+    config.instantiate(config.compose("pretrain", BASE).task).check_classes(("cat",), ("dog", "fox"))
+
+
+def test_help_lists_choices_and_knobs() -> None:
+    text = config.help_text("pretrain")
+    assert "model= b debug g giant h l s t" in text
+    assert "global_batch" in text
+
+
+def test_changed_settings_are_told(tmp_path: Path) -> None:
+    config.write_copy(config.compose("pretrain", BASE), tmp_path)
+    changed = config.compose("pretrain", [*BASE, "optim.lr=0.5"])
+    assert config.changes(changed, tmp_path / "config.yaml") == ["optim.lr: 0.001 -> 0.5"]
+    assert config.changes(changed, tmp_path / "none.yaml") == []
