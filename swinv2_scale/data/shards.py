@@ -105,8 +105,9 @@ def decode(content: bytes) -> torch.Tensor:
 
     Raises CorruptSampleError for bytes that are no image.
 
-    torchvision's decoder gives the values of PIL's, and sooner; PIL knows the formats that it does not. Both refuse a truncated JPEG instead of filling it up with grey. torchvision
-    0.29 announces that its decoder will move to another package: then PIL's lines alone are correct, only slower.
+    torchvision's decoder gives the values of PIL's, and sooner; PIL knows the formats that it does not. Both refuse a
+    truncated JPEG instead of filling it up with grey. torchvision 0.29 announces that its decoder will move to another
+    package: then PIL's lines alone are correct, only slower.
     """
     try:
         image = decode_image(torch.frombuffer(bytearray(content), dtype=torch.uint8), mode=ImageReadMode.RGB)
