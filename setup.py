@@ -6,6 +6,8 @@ from setuptools import find_packages, setup
 
 here = Path(__file__).parent
 conf = ["swinv2_scale.conf"] + [f"swinv2_scale.conf.{path.name}" for path in (here / "conf").iterdir() if path.is_dir()]
+embed = ["pyarrow>=16"]
+export = ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"]
 
 setup(
     name="swinv2-scale",
@@ -16,7 +18,11 @@ setup(
     python_requires=">=3.10",
     packages=[*find_packages(include=["swinv2_scale", "swinv2_scale.*"]), *conf],
     package_dir={"swinv2_scale.conf": "conf"},
-    package_data={"swinv2_scale": ["*.template"], **{name: ["*.yaml"] for name in conf}},
+    package_data={
+        "swinv2_scale": ["*.template"],
+        "swinv2_scale.models": ["*.txt"],
+        **{name: ["*.yaml"] for name in conf},
+    },
     entry_points={"console_scripts": ["swinv2-scale = swinv2_scale.cli:main"]},
     install_requires=[
         "torch>=2.10",
@@ -34,6 +40,8 @@ setup(
     ],
     extras_require={
         "demo": ["scikit-image>=0.24", "scikit-learn>=1.4"],
+        "embed": embed,
+        "export": export,
         "test": [
             "pytest>=8",
             "setuptools>=77",
@@ -42,6 +50,8 @@ setup(
             "ruff==0.17.6",
             "mypy>=1.15",
             "types-PyYAML",
+            *embed,
+            *export,
         ],
     },
 )

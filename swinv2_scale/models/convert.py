@@ -4,16 +4,21 @@ Files are read as safetensors, or as pickles of which only tensors are rebuilt: 
 """
 
 import json
+import math
 import pickle
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from swinv2_scale import distributed
 from swinv2_scale.models import inert_pickle
+from swinv2_scale.models.infer import Inferred, infer, windows_of
 from swinv2_scale.models.layouts import DERIVED, detect, to_released
 from swinv2_scale.models.simmim import SimMIM
 from swinv2_scale.models.swin_v2 import SwinTransformerV2
@@ -22,28 +27,44 @@ from swinv2_scale.models.swin_v2 import SwinTransformerV2
 OPTIONAL = re.compile(r"(encoder\.)?(head\.|mask_token$)|decoder\.")
 
 
+# Synsets of ImageNet-1K in the order of its labels, each with its label in the 21,841 classes of ImageNet-22K, or -.
+CLASS_MAP = Path(__file__).parent / "imagenet_22k_to_1k.txt"
+IMAGENET_22K, IMAGENET_1K = 21_841, 1000
+
+
 @dataclass
 class Report:
-    """What became of each tensor of a checkpoint. `fresh` are parameters of the model that it did not have."""
+    """What became of each tensor of a checkpoint: every one is in `loaded` or in `dropped`.
+
+    renamed      prefixes that went or came
+    transferred  what was fitted to another window, image size, number of channels or classes, and how
+    missing      parameters of the model that the file does not have; they stay fresh
+    warnings     what the user should know or decide
+    """
 
     path: Path
     layout: str
+    tensors: int = 0
+    parameters: int = 0
     loaded: list[str] = field(default_factory=list)
     renamed: list[str] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
-    fresh: list[str] = field(default_factory=list)
+    transferred: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
     pretrained_windows: list[list[int]] | None = None
     classes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         lines = [f"{self.path} ({self.layout} layout): {len(self.loaded)} tensors loaded"]
-        for name in ("renamed", "dropped", "fresh"):
+        for name in ("renamed", "dropped", "missing"):
             values = getattr(self, name)
             if values:
                 lines.append(f"  {name} {len(values)}: {', '.join(values[:4])}{' …' if len(values) > 4 else ''}")
+        lines += [f"  transferred: {text}" for text in self.transferred]
         if self.pretrained_windows:
             lines.append(f"  position bias measured in windows of {self.pretrained_windows}")
-        return "\n".join(lines)
+        return "\n".join(lines + [f"  warning: {text}" for text in self.warnings])
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -54,7 +75,7 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if path.suffix == ".safetensors":
         try:
             with safe_open(path, framework="pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+                return _finite({name: file.get_tensor(name) for name in file.keys()}, path), file.metadata() or {}  # noqa: SIM118
         except SafetensorError as error:
             raise ValueError(f"checkpoint {path} is damaged or no safetensors file: {error}") from error
     try:
@@ -65,21 +86,27 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     tensors = content.get("model", content.get("state_dict", content)) if isinstance(content, dict) else {}
     if not isinstance(tensors, dict) or not tensors or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise ValueError(f"checkpoint {path} holds no model weights: expected tensors by name, or those under 'model'")
-    return tensors, {}
+    return _finite(tensors, path), {}
 
 
-def load_checkpoint(model: nn.Module, path: str | Path) -> Report:
-    """Load weights into a SwinTransformerV2 or a SimMIM, in place.
+def load_checkpoint(
+    model: nn.Module, path: str | Path, *, pretrained_windows: Sequence[Sequence[int]] | None = None
+) -> Report:
+    """Load weights into a SwinTransformerV2 or a SimMIM, in place, and say what became of them.
 
-    What OPTIONAL lists may be missing or of another shape: then it stays fresh.
-
-    Weights of another window or image size fit, because the position bias is a function of coordinates; a file of ours
-    also says in which window's units they are measured. Raises ValueError for a file that cannot be read, and for the
-    checkpoint of another model, naming the first tensor that differs; the model is unchanged then.
+    What OPTIONAL lists may be missing or of another shape: then it stays fresh, and a head with a warning. Transferred
+    are: any window and image size, because the position bias is a function of coordinates, measured in units of the
+    windows that the file was pretrained at (it says so in its metadata or its tables; `pretrained_windows` overrides,
+    one per stage); an absolute position embedding, bicubically; input channels, see `fit_channels`; and a head of
+    ImageNet-22K's 21,841 classes to ImageNet-1K's, see `fit_classes`. Raises ValueError for a file that cannot be
+    read, and for the checkpoint of another model, naming the first tensor that differs; the model is unchanged then.
     """
     tensors, metadata, report = read_released(Path(path))
     own = dict(model.named_parameters())
+    backbone = model.encoder if isinstance(model, SimMIM) else model
+    assert isinstance(backbone, SwinTransformerV2)
     tensors = for_model(tensors, isinstance(model, SimMIM), report)
+    transfer(tensors, own, backbone, report)
     for name, tensor in tensors.items():
         if OPTIONAL.match(name) and not _fits(own.get(name), tensor):
             report.dropped.append(name)
@@ -91,35 +118,130 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> Report:
             )
         else:
             report.loaded.append(name)
-    report.fresh = [name for name in own if name not in tensors or name in report.dropped]
-    missing = [name for name in report.fresh if not OPTIONAL.match(name)]
-    if missing:
-        raise ValueError(f"checkpoint {path} is of another model: it lacks {missing[0]} and {len(missing) - 1} more")
+    report.missing = [name for name in own if name not in tensors or name in report.dropped]
+    lacking = [name for name in report.missing if not OPTIONAL.match(name)]
+    if lacking:
+        raise ValueError(f"checkpoint {path} is of another model: it lacks {lacking[0]} and {len(lacking) - 1} more")
+    if "head.weight" in report.missing and "head.weight" in tensors:
+        kinds = f"{len(tensors['head.weight'])} classes, the model {len(own['head.weight'])}"
+        report.warnings.append(f"the file has {kinds}: the head is fresh and must be trained")
     with torch.no_grad():
         for name in report.loaded:
             own[name].copy_(tensors[name])
-    if "pretrained_windows" in metadata:
-        report.pretrained_windows = json.loads(metadata["pretrained_windows"])
-        backbone = model.encoder if isinstance(model, SimMIM) else model
-        assert isinstance(backbone, SwinTransformerV2)
-        backbone.pretrained_windows = report.pretrained_windows
+    transfer_windows(backbone, pretrained_windows or report.pretrained_windows, report)
+    if distributed.rank() == 0:
+        print(report, flush=True)
     return report
 
 
 def read_released(path: Path) -> tuple[dict[str, Tensor], dict[str, str], Report]:
     """The tensors of a file of any layout under released names, its metadata, and what was renamed and dropped."""
-    tensors, metadata = read_checkpoint(path)
+    raw, metadata = read_checkpoint(path)
+    released, report = _released(path, raw, metadata)
+    return released, metadata, report
+
+
+def describe(path: Path) -> tuple[Inferred, Report]:
+    """The model that a file is of: as its metadata say, else as its names and shapes tell."""
+    raw, metadata = read_checkpoint(path)
+    released, report = _released(path, raw, metadata)
     try:
-        layout = detect(tensors)
-        released = to_released(tensors, layout)
+        found = infer(released, raw)
     except ValueError as error:
         raise ValueError(f"checkpoint {path}: {error}") from error
-    dropped = [name for name in tensors if DERIVED.search(name) or name.endswith("attn.k_bias")]
-    return (
-        released,
-        metadata,
-        Report(path, layout=layout, dropped=dropped, classes=json.loads(metadata.get("classes", "[]"))),
+    if "model" in metadata:
+        saved = {key: value for key, value in json.loads(metadata["model"]).items() if key != "_target_"}
+        found = Inferred(saved | {"num_classes": found.arguments["num_classes"]})
+    found.pretrained_windows = report.pretrained_windows
+    return found, report
+
+
+def _released(path: Path, raw: dict[str, Tensor], metadata: dict[str, str]) -> tuple[dict[str, Tensor], Report]:
+    try:
+        layout = detect(raw)
+        released = to_released(raw, layout)
+    except ValueError as error:
+        raise ValueError(f"checkpoint {path}: {error}") from error
+    dropped = [name for name in raw if DERIVED.search(name) or name.endswith("attn.k_bias")]
+    report = Report(
+        path,
+        layout,
+        tensors=len(released),
+        parameters=sum(tensor.numel() for tensor in released.values()),
+        dropped=dropped,
+        classes=json.loads(metadata.get("classes", "[]")),
     )
+    tables = windows_of(raw)
+    if "pretrained_windows" in metadata:
+        report.pretrained_windows = json.loads(metadata["pretrained_windows"])
+    elif tables is not None:
+        report.pretrained_windows = tables[1]
+    return released, report
+
+
+def transfer(
+    tensors: dict[str, Tensor], own: Mapping[str, Tensor], backbone: SwinTransformerV2, report: Report
+) -> None:
+    """Fit, in place, the tensors that may have another shape than the model's."""
+    for name, tensor in tensors.items():
+        target = own.get(name)
+        if target is None or target.shape == tensor.shape:
+            continue
+        if name.endswith("patch_embed.proj.weight") and tensor.shape[0] == target.shape[0]:
+            tensors[name] = fit_channels(tensor, target.shape[1])
+            report.transferred.append(f"{name}: {tensor.shape[1]} -> {target.shape[1]} input channels")
+        elif name.endswith("absolute_pos_embed") and tensor.shape[2] == target.shape[2]:
+            tensors[name] = _fit_positions(tensor, backbone.absolute_grid)
+            report.transferred.append(f"{name}: {tensor.shape[1]} -> {target.shape[1]} positions, bicubic")
+        elif name in ("head.weight", "head.bias") and (len(tensor), len(target)) == (IMAGENET_22K, IMAGENET_1K):
+            tensors[name] = fit_classes(tensor, report.classes)
+            report.transferred.append(f"{name}: {len(tensor)} -> {len(target)} classes, ImageNet-22K to ImageNet-1K")
+    if any(name.startswith("head.") for name in report.transferred):
+        report.classes = []  # the names of the 21,841
+
+
+def transfer_windows(backbone: SwinTransformerV2, references: Sequence[Sequence[int]] | None, report: Report) -> None:
+    """Let the position bias measure in the units that the weights were trained with, and report what that means."""
+    if references is None:
+        report.warnings.append(
+            "the file does not say at which window it was pretrained: its position bias is taken to measure in windows "
+            f"of {backbone.pretrained_windows}; if that is wrong, give pretrained_window_size"
+        )
+        return
+    windows = backbone.windows
+    if len(references) != len(windows):
+        raise ValueError(f"pretrained_windows {references}: give one (rows, columns) for each of {len(windows)} stages")
+    backbone.pretrained_windows = report.pretrained_windows = [list(reference) for reference in references]
+    if windows != report.pretrained_windows:
+        report.transferred.append(f"position bias of windows {report.pretrained_windows} -> windows {windows}")
+
+
+def fit_channels(weight: Tensor, channels: int) -> Tensor:
+    """A patch convolution (C, old, 4, 4) for another number of input channels.
+
+    One channel takes the sum, so that a grey image gives what its copy in every channel gave. Otherwise channel j takes
+    the weights of channel j mod old, all scaled by old / channels, so that activations keep their size.
+    """
+    old = weight.shape[1]
+    if channels == 1:
+        return weight.sum(dim=1, keepdim=True)
+    return weight[:, torch.arange(channels) % old] * (old / channels)
+
+
+def fit_classes(tensor: Tensor, classes: Sequence[str]) -> Tensor:
+    """Rows of a head for ImageNet-22K's 21,841 classes, in ImageNet-1K's order: (21841, …) -> (1000, …).
+
+    `classes` are the synsets of the rows when the file names them; else they are taken in their usual order, sorted.
+    ImageNet-22K lacks one synset, n04399382 (teddy bear): its row becomes the mean of the others.
+    """
+    rows = [line.split() for line in CLASS_MAP.read_text().splitlines()]
+    label = {synset: number for number, synset in enumerate(classes)}
+    source = [label.get(synset) if classes else None if row == "-" else int(row) for synset, row in rows]
+    known = [row for row in source if row is not None]
+    if not known:
+        raise ValueError(f"none of ImageNet-1K's synsets is among the classes of the file ({', '.join(classes[:3])} …)")
+    mean = tensor[known].mean(dim=0)
+    return torch.stack([mean if row is None else tensor[row] for row in source])
 
 
 def for_model(tensors: dict[str, Tensor], for_simmim: bool, report: Report) -> dict[str, Tensor]:
@@ -136,7 +258,29 @@ def for_model(tensors: dict[str, Tensor], for_simmim: bool, report: Report) -> d
     return tensors
 
 
-def _fits(parameter: nn.Parameter | None, tensor: Tensor) -> bool:
+def _finite(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    for name, tensor in tensors.items():
+        if not DERIVED.search(name) and not tensor.isfinite().all():
+            count = int((~tensor.isfinite()).sum())
+            raise ValueError(
+                f"checkpoint {path}: {count} of {tensor.numel()} values of {name} are not finite. The training that "
+                "wrote it diverged, or the file is damaged: take an earlier one"
+            )
+    return tensors
+
+
+def _fit_positions(embedding: Tensor, grid: Sequence[int]) -> Tensor:
+    """Absolute position embedding (1, N, C) of a square image for another grid, as the released code resizes it."""
+    side = math.isqrt(embedding.shape[1])
+    if side**2 != embedding.shape[1]:
+        raise ValueError(
+            f"absolute_pos_embed has {embedding.shape[1]} positions, which is no square: cannot be resized"
+        )
+    square = embedding.unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    return F.interpolate(square, size=list(grid), mode="bicubic").flatten(2).transpose(1, 2)
+
+
+def _fits(parameter: Tensor | None, tensor: Tensor) -> bool:
     return parameter is not None and parameter.shape == tensor.shape
 
 

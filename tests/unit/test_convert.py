@@ -25,7 +25,7 @@ def test_a_simmim_encoder_becomes_a_classifier_at_another_window(tmp_path: Path)
     target = model(window_size=6, image_size=96)
     report = load_checkpoint(target, tmp_path / "m.safetensors")
     assert torch.equal(target.layers[1].blocks[0].mlp.fc1.weight, pretrained.encoder.layers[1].blocks[0].mlp.fc1.weight)
-    assert sorted(report.fresh) == ["head.bias", "head.weight"]
+    assert sorted(report.missing) == ["head.bias", "head.weight"]
     assert sorted(report.dropped) == ["decoder.0.bias", "decoder.0.weight", "encoder.mask_token"]
     assert target.pretrained_windows == windows == [[8, 8], [8, 8], [8, 8], [4, 4]]
     assert "encoder.* -> *" in str(report)
@@ -50,7 +50,7 @@ def test_every_layout_loads_and_is_written_back(tmp_path: Path, layout: str) -> 
     target = model()
     report = load_checkpoint(target, tmp_path / "theirs.safetensors")
     assert report.layout == layout
-    assert report.fresh == []
+    assert report.missing == []
     assert all(torch.equal(a, b) for a, b in zip(source.parameters(), target.parameters(), strict=True))
     command = ["checkpoint", "convert", str(tmp_path / "theirs.safetensors"), str(tmp_path / "ours.safetensors")]
     assert main([*command, "--to", "released"]) == 0
@@ -76,7 +76,7 @@ def test_another_number_of_classes_keeps_the_fresh_head(tmp_path: Path) -> None:
     save_file(model(num_classes=7).state_dict(), tmp_path / "m.safetensors")
     target = model()
     head = target.head.weight.clone()
-    assert load_checkpoint(target, tmp_path / "m.safetensors").fresh == ["head.weight", "head.bias"]
+    assert load_checkpoint(target, tmp_path / "m.safetensors").missing == ["head.weight", "head.bias"]
     assert torch.equal(target.head.weight, head)
 
 
