@@ -1,11 +1,13 @@
-"""Evaluate weights on held-out data.
+"""Evaluate weights on held-out data: shards, or a plain folder CLASS/picture.jpg.
 
-deepspeed launch/evaluate.py experiment=demo_classification checkpoint=runs/demo_classification
+deepspeed launch/evaluate.py checkpoint=runs/mine data.validation=/data/imagenet/val
+torchrun --nproc-per-node 8 launch/evaluate.py checkpoint=runs/mine data.validation=/data/imagenetv2
 """
 
 import sys
+from functools import partial
 
 from swinv2_scale import run
 
 if __name__ == "__main__":
-    run.main("evaluate", sys.argv[1:], run.evaluation)
+    run.main("evaluate", sys.argv[1:], partial(run.evaluation, argv=sys.argv[1:]))

@@ -20,6 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_data(commands)
     _add_checkpoint(commands)
+    _add_embed(commands)
     _add_report(commands)
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -141,7 +142,7 @@ def _add_checkpoint(commands: Any) -> None:
     checkpoint = commands.add_parser("checkpoint", help="look into files of weights, and convert them")
     actions = checkpoint.add_subparsers(metavar="ACTION", required=True)
 
-    inspect = actions.add_parser("inspect", help="layout, size and origin of a file, as JSON")
+    inspect = actions.add_parser("inspect", help="layout and model of a file, and what it leaves open, as JSON")
     inspect.add_argument("file", help="a file of weights, a checkpoint, or a run directory")
     inspect.set_defaults(run=_checkpoint_inspect)
 
@@ -150,20 +151,25 @@ def _add_checkpoint(commands: Any) -> None:
     convert.add_argument("destination", type=Path, help="safetensors file to write")
     convert.add_argument("--to", required=True, choices=("released", "timm", "torchvision", "transformers"))
     convert.set_defaults(run=_checkpoint_convert)
+    _add_export(actions)
 
 
 def _checkpoint_inspect(arguments: argparse.Namespace) -> int:
     from swinv2_scale.checkpoint import weights_file
-    from swinv2_scale.models.convert import read_released
+    from swinv2_scale.models.convert import describe
 
-    tensors, metadata, found = read_released(weights_file(arguments.file))
+    model, found = describe(weights_file(arguments.file))
     facts = {
         "file": str(found.path),
         "layout": found.layout,
-        "tensors": len(tensors),
-        "parameters": sum(tensor.numel() for tensor in tensors.values()),
+        "tensors": found.tensors,
+        "parameters": found.parameters,
         "derived": len(found.dropped),
-        **{key: json.loads(value) for key, value in metadata.items() if key != "format"},
+        "model": model.arguments,
+        "head_width": model.arguments["embed_dim"] // model.arguments["num_heads"][0],
+        "pretrained_windows": found.pretrained_windows,
+        "open": model.ambiguous,
+        "classes": found.classes,
     }
     print(json.dumps(facts, indent=1))
     return 0
@@ -184,9 +190,89 @@ def _checkpoint_convert(arguments: argparse.Namespace) -> int:
         if found.dropped:
             print(f"left out: {', '.join(found.dropped)}")
     # Only the released layout can say in which window's units its position bias measures.
-    header = metadata if arguments.to == "released" else {"format": "pt"}
+    header = {"format": "pt"}
+    if arguments.to == "released":
+        header |= metadata
+        if found.pretrained_windows:
+            header["pretrained_windows"] = json.dumps(found.pretrained_windows)
     save_file(from_released(tensors, arguments.to), arguments.destination, header)
     print(f"{found.path} ({found.layout} layout, {len(tensors)} tensors) -> {arguments.destination} ({arguments.to})")
+    references = found.pretrained_windows
+    if arguments.to != "released" and references:
+        setting = {
+            "timm": f"pretrained_window_sizes={[max(pair) for pair in references]}",
+            "transformers": f"Swinv2Config(pretrained_window_sizes={[max(pair) for pair in references]})",
+            "torchvision": f"window_size={references[0]}; it has no pretrained window: no other gives these numbers",
+        }
+        print(f"the position bias measures in windows of {references}: load with {setting[arguments.to]}")
+    return 0
+
+
+def _add_export(actions: Any) -> None:
+    export = actions.add_parser(
+        "export", help="write weights with their configuration, or a graph for torch.export or ONNX"
+    )
+    export.add_argument("file", help="a file of weights, a checkpoint, or a run directory; of a SimMIM, its encoder")
+    export.add_argument("destination", type=Path, help="file to write: .safetensors, .pt2 (torch.export) or .onnx")
+    export.add_argument("settings", nargs="*", metavar="key=value", help="arguments of the model: window_size=16")
+    export.add_argument("--format", choices=("safetensors", "torch-export", "onnx"), help="default: by the suffix")
+    export.add_argument("--model", help="size (t, s, …) of a file that does not say its window and image size")
+    export.add_argument("--image-size", help="of a graph, in pixels: 256, or rows x columns, 256x320; default: trained")
+    export.add_argument("--opset", type=int, help="of ONNX; default: PyTorch's")
+    export.set_defaults(run=_checkpoint_export)
+
+
+def _checkpoint_export(arguments: argparse.Namespace) -> int:
+    from swinv2_scale.checkpoint import weights_file
+    from swinv2_scale.export import export, format_of, model_of, settings, size_in_pixels
+
+    destination = arguments.destination
+    if arguments.format not in (None, format_of(destination)):
+        raise ValueError(f"{destination} is no name for {arguments.format}: end it in .safetensors, .pt2 or .onnx")
+    size = None if arguments.image_size is None else size_in_pixels(arguments.image_size)
+    file = weights_file(arguments.file)
+    loaded = model_of(file, arguments.model, **settings(arguments.settings))
+    difference = export(loaded, destination, image_size=size, opset=arguments.opset)
+    checked = "" if difference is None else f", outputs equal to {difference:.1e} at 1 and 3 images"
+    print(f"{file} -> {destination} ({destination.stat().st_size / 1e6:.1f} MB{checked})")
+    return 0
+
+
+def _add_embed(commands: Any) -> None:
+    embed = commands.add_parser("embed", help="write embeddings of pictures to a Parquet file")
+    embed.add_argument("checkpoint", help="a file of weights, a checkpoint, or a run directory")
+    embed.add_argument("data", help="manifest.json, its directory, tar files, or a folder of pictures")
+    embed.add_argument("destination", type=Path, help="Parquet file to write: key, label, embedding")
+    embed.add_argument("settings", nargs="*", metavar="key=value", help="arguments of the model: window_size=16")
+    embed.add_argument("--model", help="size (t, s, …) of a file that does not say its window and image size")
+    embed.add_argument("--image-size", type=int, help="pixels; default: the model's")
+    embed.add_argument("--layer", default="pooled", help="pooled: after the last norm; stage1, …: that map's mean")
+    embed.add_argument("--batch", type=int, default=32)
+    embed.add_argument("--workers", type=int, default=2, help="processes that decode; 0: this one")
+    embed.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    embed.add_argument("--skip-corrupt", action="store_true", help="leave out pictures that do not decode")
+    embed.set_defaults(run=_embed)
+
+
+def _embed(arguments: argparse.Namespace) -> int:
+    from swinv2_scale.checkpoint import weights_file
+    from swinv2_scale.embed import embed
+    from swinv2_scale.export import model_of, settings
+
+    file = weights_file(arguments.checkpoint)
+    rows = embed(
+        model_of(file, arguments.model, **settings(arguments.settings)),
+        arguments.data,
+        arguments.destination,
+        checkpoint=file,
+        layer=arguments.layer,
+        image_size=arguments.image_size,
+        batch=arguments.batch,
+        workers=arguments.workers,
+        precision=arguments.precision,
+        skip_corrupt=arguments.skip_corrupt,
+    )
+    print(f"{rows} embeddings of {arguments.data}: {arguments.destination}")
     return 0
 
 

@@ -5,6 +5,7 @@ instantiate(node)           `_target_` and its arguments -> the object
 """
 
 import difflib
+import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,13 +23,15 @@ CONF = next(path for path in (Path(__file__).parent / "conf", Path(__file__).par
 LAUNCHER_ARGUMENT = re.compile(r"--local[_-]rank(=\d+)?")
 
 
-def compose(config_name: str, argv: Sequence[str]) -> DictConfig:
+def compose(config_name: str, argv: Sequence[str], model: Sequence[str] = ()) -> DictConfig:
     """The resolved, locked configuration of conf/{config_name}.yaml with the overrides of argv.
+
+    `model` are overrides to which conf and experiments give way, and which give way to argv.
 
     Raises ValueError that names the key or choice that does not exist, on the command line or in an experiment's file,
     and what was probably meant.
     """
-    overrides = _without_launcher_arguments(argv)
+    overrides = [*model, *_without_launcher_arguments(argv)]
     wrong = [argument for argument in overrides if not re.match(r"[A-Za-z_][\w.]*=", argument)]
     if wrong:
         raise ValueError(f"{wrong[0]!r} is not a setting: write key=value, for example micro_batch=8 or model=t")
@@ -48,6 +51,31 @@ def compose(config_name: str, argv: Sequence[str]) -> DictConfig:
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(_explain(error, config_name, overrides)) from error
     return cfg
+
+
+def compose_saved(
+    config_name: str, argv: Sequence[str], saved: dict[str, Any], left_open: Sequence[str] = ()
+) -> tuple[DictConfig, str]:
+    """As compose, with the model that a file of weights is of, and one line on where the model came from.
+
+    The command line (model=…, model.key=…) wins over what the file says, and that over conf and experiments, which fill
+    in what it leaves open. Raises ValueError for what conf/model does not know: a file's word is not executed.
+    """
+    given = [argument for argument in argv if re.match(r"model[.=]", argument)]
+    if whole := [argument for argument in given if argument.startswith("model=")]:
+        return compose(config_name, argv), f"model: {whole[-1]}, not what the checkpoint says, because it was given"
+    settings = {key: value for key, value in saved.items() if key != "_target_"}
+    known = compose(config_name, argv).model
+    strange = [key for key, value in settings.items() if key not in known or not _is_plain(value)]
+    if strange:
+        raise ValueError(
+            f"the checkpoint says model.{strange[0]}={settings[strange[0]]!r}, which is unknown here: give model=…"
+        )
+    cfg = compose(config_name, argv, [f"model.{key}={json.dumps(value)}" for key, value in settings.items()])
+    keys = [argument.partition("=")[0] for argument in given]
+    guessed = [f"model.{key}={cfg.model[key]}" for key in left_open if f"model.{key}" not in keys]
+    origin = f"model: as the checkpoint says{', but ' * bool(given)}{' '.join(given)}"
+    return cfg, origin + f"; it leaves open what conf has as {' '.join(guessed)}" * bool(guessed)
 
 
 def compose_model(size: str, **arguments: Any) -> DictConfig:
@@ -172,6 +200,13 @@ def _settings(cfg: DictConfig) -> dict[str, Any]:
     tree = OmegaConf.to_container(cfg, resolve=False)
     assert isinstance(tree, dict)
     return dict(walk(tree, ""))
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is a number, a word or a list of them: neither an interpolation nor a `_target_`."""
+    if isinstance(value, list):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float) or bool(re.fullmatch(r"\w+", str(value)))
 
 
 def _suggest(word: str, choices: list[str]) -> str:

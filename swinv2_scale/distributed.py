@@ -97,6 +97,12 @@ def sum_over_ranks(values: dict[str, float]) -> dict[str, float]:
     return _reduced(values, dist.ReduceOp.SUM)
 
 
+def sum_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum of a tensor on this rank's device over all ranks, in its place."""
+    dist.all_reduce(tensor)
+    return tensor
+
+
 def max_over_ranks(values: dict[str, float]) -> dict[str, float]:
     """Maxima over all ranks, in float64. All ranks must pass the same keys."""
     return _reduced(values, dist.ReduceOp.MAX)

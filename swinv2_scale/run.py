@@ -1,5 +1,6 @@
 """A run: configuration -> model, stream, engine -> loop -> checkpoints and records."""
 
+import csv
 import fcntl
 import json
 import platform
@@ -17,10 +18,10 @@ from swinv2_scale.data.manifest import Manifest, open_manifest
 from swinv2_scale.data.stream import Order, Stream, evaluation_stream, training_stream
 from swinv2_scale.engine import Engine, build_engine, cast, deepspeed_config
 from swinv2_scale.models import memory
-from swinv2_scale.models.convert import load_checkpoint
+from swinv2_scale.models.convert import describe, load_checkpoint
 from swinv2_scale.optim import Schedule, parameter_groups
 from swinv2_scale.telemetry import RECORD, Telemetry
-from swinv2_scale.train import Task, evaluate, train
+from swinv2_scale.train import Evaluation, Task, evaluate, train
 
 T = TypeVar("T")
 LOCKS: list[IO[str]] = []
@@ -75,7 +76,8 @@ def training(cfg: Any) -> None:
     # 4  the streams of samples
     stream = open_stream(cfg, task, data, start, steps)
     held_out = open_held_out(cfg, task)
-    task.check_classes(data.classes, *([held_out[1].classes] if held_out else []))
+    for manifest in [data, held_out[1]] if held_out else [data]:
+        task.check_classes(data.classes, manifest.classes, highest_label=manifest.highest_label)
 
     def look(step: int) -> None:
         if held_out is not None:
@@ -181,32 +183,55 @@ def open_stream(cfg: Any, task: Task, data: Manifest, start: int, stop: int) -> 
     )
 
 
-def evaluation(cfg: Any) -> None:
-    """Evaluate the weights of `checkpoint` on data.validation, and write what came out to run_dir/evaluation.json."""
+def evaluation(cfg: Any, argv: Sequence[str]) -> None:
+    """Evaluate the weights of `checkpoint` on data.validation: run_dir/evaluation.json and run_dir/per_class.csv."""
     if not cfg.checkpoint or not cfg.data.validation:
-        raise ValueError("evaluation needs checkpoint=RUN_DIR (or a file of weights) and data.validation=MANIFEST")
-    task: Task = config.instantiate(cfg.task)
+        raise ValueError(
+            "evaluation needs checkpoint=RUN_DIR (or a file of weights) and data.validation=SHARDS_OR_FOLDER"
+        )
+    # 1  the model: as the file says, as far as the command line does not
     file = start_weights(cfg.checkpoint)
+    found, _ = describe(file)
+    cfg, origin = config.compose_saved("evaluate", argv, found.arguments, list(found.ambiguous))
+    print_on_rank_0(origin)
+    task: Task = config.instantiate(cfg.task)
     model = task.build(cfg.model)
     loaded = load_checkpoint(model, file)
-    print_on_rank_0(str(loaded))
-    if loaded.fresh:
+    if loaded.missing:
         raise ValueError(
-            f"checkpoint {file} has no {', '.join(loaded.fresh)} of this shape, which would be evaluated untrained: "
+            f"checkpoint {file} has no {', '.join(loaded.missing)} of this shape, which would be evaluated untrained: "
             "set model.num_classes to that of the file, or task= to what it was trained for"
         )
     cast(model, cfg.precision)
     model.to(distributed.device())
+    # 2  the data
     held_out = open_held_out(cfg, task)
     assert held_out is not None
-    task.check_classes(loaded.classes, held_out[1].classes)
-    result = {"checkpoint": str(file), "data": str(cfg.data.validation), **evaluate(model, task, held_out[0])}
-    result["replaced"] = [name for names in distributed.gathered(held_out[0].corrupt.names) for name in names]
+    stream, manifest = held_out
+    task.check_classes(loaded.classes, manifest.classes, highest_label=manifest.highest_label)
+    # 3  the result
+    outcome = evaluate(model, task, stream, len(manifest))
+    result: dict[str, Any] = {"checkpoint": str(file), "data": str(cfg.data.validation), "data_hash": manifest.hash}
+    result |= {**outcome.means, "samples": outcome.samples, "images_per_second": outcome.images_per_second}
+    result["settings"] = {**task.settings, "precision": cfg.precision, "ranks": distributed.world_size()}
+    result["replaced"] = [name for names in distributed.gathered(stream.corrupt.names) for name in names]
     if distributed.rank() == 0:
         run_dir = Path(cfg.run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n")
+        if task.num_classes:
+            write_per_class(run_dir / "per_class.csv", task, outcome, manifest.classes or loaded.classes)
     print_on_rank_0(json.dumps(result, indent=1))
+
+
+def write_per_class(path: Path, task: Task, outcome: Evaluation, names: Sequence[str]) -> None:
+    """A line for each class: number, name (empty if unknown), samples, and the metrics (empty without samples)."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        lines = csv.writer(file, lineterminator="\n")
+        lines.writerow(["class", "name", "samples", *task.metrics])
+        for number, (samples, *sums) in enumerate(outcome.per_class.tolist()):
+            means = [f"{value / samples:.6g}" if samples else "" for value in sums]
+            lines.writerow([number, names[number] if names else "", int(samples), *means])
 
 
 def look_at(
@@ -214,7 +239,8 @@ def look_at(
 ) -> None:
     """Evaluate on held-out data, record the metrics and, if asked for, pictures of the first batch."""
     known = len(stream.corrupt.names)
-    telemetry.evaluation(step, evaluate(model, task, stream))
+    outcome = evaluate(model, task, stream, len(manifest))
+    telemetry.evaluation(step, outcome.means | {"samples": outcome.samples})
     telemetry.replaced(step, stream.corrupt.names[known:])
     if pictures and distributed.rank() == 0:
         with torch.inference_mode():

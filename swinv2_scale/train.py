@@ -1,6 +1,8 @@
 """The loop and the evaluation, for all stages and tasks."""
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Protocol
 
@@ -23,6 +25,8 @@ class Task(Protocol):
     train_collate: Callable[[list[dict[str, Any]]], Batch]
     evaluation_collate: Callable[[list[dict[str, Any]]], Batch]
     metrics: tuple[str, ...]
+    num_classes: int  # 0: samples have no class
+    settings: dict[str, Any]  # what a held-out result depends on besides weights and data
 
     def build(self, model: Any) -> nn.Module:
         """The model to train, from the configuration of its backbone."""
@@ -30,14 +34,14 @@ class Task(Protocol):
     def backbone(self, model: nn.Module) -> SwinTransformerV2:
         """The part of a built model that weights of another run fill."""
 
-    def check_classes(self, *classes: Sequence[str]) -> None:
+    def check_classes(self, *classes: Sequence[str], highest_label: int | None = None) -> None:
         """Raise ValueError if training and held-out data (names of classes, empty if unknown) do not fit the task."""
 
     def loss(self, model: Callable, batch: Batch) -> Tensor:
         """Mean loss of a micro-batch: scalar."""
 
-    def sums(self, model: Callable, batch: Batch) -> dict[str, Tensor]:
-        """Each of `metrics`, summed over the samples of a held-out batch."""
+    def scores(self, model: Callable, batch: Batch) -> dict[str, Tensor]:
+        """Each of `metrics` for each sample of a held-out batch: (B,)."""
 
     def pictures(self, model: nn.Module, batch: Batch, classes: Sequence[str]) -> tuple[str, list[Picture]]:
         """What the model makes of a held-out batch, to look at, and a name for the collection."""
@@ -94,14 +98,42 @@ def seeded(micro_batches: Iterable[Batch]) -> Iterator[Batch]:
         yield batch
 
 
-def evaluate(model: nn.Module, task: Task, stream: Iterable[Batch]) -> dict[str, float]:
-    """Means over every sample of the stream, each counted once whatever the number of ranks. Collective."""
+@dataclass
+class Evaluation:
+    """Means over `samples` held-out samples; `per_class`, float64 (classes, 1 + metrics): samples, sum of each metric.
+
+    images_per_second: of all ranks together, after their first batches; None where there were no others.
+    """
+
+    means: dict[str, float]
+    samples: int
+    per_class: Tensor
+    images_per_second: float | None
+
+
+def evaluate(model: nn.Module, task: Task, stream: Iterable[Batch], samples: int) -> Evaluation:
+    """Means over every sample of the stream, each counted once whatever the number of ranks. Collective.
+
+    Raises RuntimeError if all ranks' streams together did not have `samples` samples.
+    """
     model.eval()
-    totals = dict.fromkeys((*task.metrics, "samples"), torch.zeros((), device=distributed.device()))
+    table = torch.zeros(
+        max(task.num_classes, 1), 1 + len(task.metrics), dtype=torch.float64, device=distributed.device()
+    )
+    warm, begin = 0.0, time.perf_counter()
     with torch.inference_mode():
-        for batch in stream:
-            for name, value in task.sums(model, distributed.to_device(batch)).items():
-                totals[name] = totals[name] + value
-            totals["samples"] = totals["samples"] + len(batch["key"])
-    sums = distributed.sum_over_ranks({name: float(value) for name, value in totals.items()})
-    return {name: sums[name] / sums["samples"] for name in task.metrics} | {"samples": int(sums["samples"])}
+        for number, batch in enumerate(map(distributed.to_device, stream)):
+            scores = {"samples": torch.ones_like(batch["label"]), **task.scores(model, batch)}
+            rows = torch.stack([scores[name].double() for name in ("samples", *task.metrics)], dim=1)
+            table.index_add_(0, batch["label"] if task.num_classes else torch.zeros_like(batch["label"]), rows)
+            if number == 0:  # the clock starts when it is through: .sum() waits for the device
+                warm, begin = float(table[:, 0].sum()), time.perf_counter()
+    late, seconds = float(table[:, 0].sum()) - warm, time.perf_counter() - begin
+    late = distributed.sum_over_ranks({"late": late})["late"]
+    seconds = distributed.max_over_ranks({"seconds": seconds})["seconds"]
+    table = distributed.sum_tensor(table).cpu()
+    count, *sums = table.sum(dim=0).tolist()
+    if count != samples:
+        raise RuntimeError(f"{count:.0f} samples were evaluated of {samples}: the result would not be that of the data")
+    means = {name: total / count for name, total in zip(task.metrics, sums, strict=True)}
+    return Evaluation(means, samples, table, late / seconds if late else None)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from swinv2_scale.data.shards import Item
+from swinv2_scale.data.folder import Item
 
 SPLITS = ("train", "validation")
 TILE = 128  # pixels; larger tiles leave the smallest photographs (451 x 300) with two of them

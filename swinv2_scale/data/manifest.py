@@ -1,4 +1,4 @@
-"""What a directory of shards holds.
+"""What a directory of shards holds, or a plain folder of pictures.
 
 A shard is an ordinary webdataset tar: members `key.jpg`, `key.cls`, … that share a key and follow one another are one
 sample. Two files beside the shards turn them into a data set with random access:
@@ -8,6 +8,9 @@ sample. Two files beside the shards turn them into a data set with random access
 
 A sample is then one positioned read (shard, offset, size). The offsets are an array and not JSON because a data set of
 70 million samples has 560 MB of them: every process of a host maps the same pages of the file.
+
+A plain folder CLASS/picture.jpg is read as it is: each picture is a shard of one sample. It is listed at every start
+and has no hashes of contents, so large data is better packed.
 """
 
 import difflib
@@ -26,11 +29,14 @@ from typing import Any
 
 import numpy as np
 
+from swinv2_scale.data.folder import image_folder
+
 log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 OFFSETS_NAME = "offsets.npy"
+HIGHEST_LABEL = "highest_label"  # in a manifest's origin, when the classes have numbers but no names
 
 # The rule by which webdataset finds key and extension of a member: the first dot of the last path component separates
 # them. Members without a dot, and `__meta__` entries, belong to no sample; nor do hidden files, which macOS leaves in
@@ -41,7 +47,7 @@ _META = re.compile(r"__[^/]*__($|/)")
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar file: `name` relative to the manifest's directory, `bytes` on disk, `sha256` ("" when never hashed)."""
+    """A tar file or a picture: `name` under the manifest's directory, `bytes` on disk, `sha256` ("": never hashed)."""
 
     name: str
     bytes: int
@@ -54,7 +60,8 @@ class Manifest:
     """A data set: `len(manifest)` samples with indices 0 … len - 1, in the order of the shards.
 
     `classes` is empty when nobody named them; `origin` is what the shards were packed from (source, format, seed,
-    shard_size), empty for shards that somebody else wrote.
+    shard_size), empty for shards that somebody else wrote. `pictures` are key and label of each sample of a plain
+    folder, whose shards are its pictures.
     """
 
     root: Path
@@ -62,6 +69,7 @@ class Manifest:
     classes: tuple[str, ...]
     origin: dict[str, Any]
     offsets: np.ndarray = field(repr=False)  # int64 (samples,)
+    pictures: tuple[tuple[str, int], ...] = field(default=(), repr=False)
 
     def __len__(self) -> int:
         return len(self.offsets)
@@ -71,6 +79,11 @@ class Manifest:
         """Hexadecimal digest of the shards' names, sizes, hashes (where they are known) and counts."""
         lines = (f"{shard.name} {shard.bytes} {shard.sha256} {shard.samples}\n" for shard in self.shards)
         return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+    @property
+    def highest_label(self) -> int | None:
+        """The highest number of a class, where classes are numbers without names; None where that is not known."""
+        return self.origin.get(HIGHEST_LABEL)
 
     @cached_property
     def first_samples(self) -> np.ndarray:
@@ -107,13 +120,13 @@ class Manifest:
 
 
 def open_manifest(source: str | os.PathLike[str]) -> Manifest:
-    """The manifest of `source`: a manifest.json, a directory that holds one, or a directory or glob of tar files.
+    """The manifest of `source`: a manifest.json or its directory, a directory or glob of tars, or a plain folder.
 
     Shards without a manifest are indexed by reading their tar headers, which the log mentions. Sizes are compared with
     the manifest, contents are not (`swinv2-scale data verify` does).
 
     Raises ValueError when the path or a listed shard is missing, a shard's size is not the manifest's, a file is no
-    tar, or there is no sample.
+    tar, or there is no sample; and as `image_folder` does.
     """
     path = Path(source).expanduser()
     if not path.exists():
@@ -126,7 +139,11 @@ def open_manifest(source: str | os.PathLike[str]) -> Manifest:
         return _read_manifest(path)
     if (path / MANIFEST_NAME).exists():
         return _read_manifest(path / MANIFEST_NAME)
-    return _index_unlisted(sorted(path.glob("*.tar")) if path.is_dir() else [path], path)
+    tars = sorted(path.glob("*.tar")) if path.is_dir() else [path]
+    packed_below = any(path.glob(f"*/{MANIFEST_NAME}"))
+    if not tars and not packed_below and any(entry.is_dir() for entry in path.iterdir()):
+        return _list_folder(path)
+    return _index_unlisted(tars, path)
 
 
 def write_manifest(
@@ -222,7 +239,8 @@ def _check_size(path: Path, shard: Shard, manifest: Path) -> None:
 def _index_unlisted(paths: list[Path], source: Path) -> Manifest:
     if not paths:
         raise ValueError(
-            f"{source} holds neither a {MANIFEST_NAME} nor .tar files. {_what_exists_near(source / MANIFEST_NAME)}, or "
+            f"{source} holds neither a {MANIFEST_NAME} nor .tar files nor CLASS/picture.jpg. "
+            f"{_what_exists_near(source / MANIFEST_NAME)}, or "
             "make shards of images with `swinv2-scale data pack SOURCE DEST --format imagefolder`"
         )
     log.warning(
@@ -234,6 +252,19 @@ def _index_unlisted(paths: list[Path], source: Path) -> Manifest:
     if len(offsets) == 0:
         raise ValueError(f"{source} holds tar files without a single sample: the data set is empty; pack it again")
     return Manifest(root, tuple(shards), (), {}, offsets)
+
+
+def _list_folder(root: Path) -> Manifest:
+    classes, items = image_folder(root)
+    # The fixed order of a hash: any stretch of it has mixed classes, as in packed shards.
+    items.sort(key=lambda item: hashlib.sha256(item.key.encode("utf-8", "surrogateescape")).digest())
+    paths = [item.content for item in items if isinstance(item.content, Path)]
+    shards = tuple(Shard(path.relative_to(root).as_posix(), path.stat().st_size, "", 1) for path in paths)
+    pictures = tuple((item.key, item.label) for item in items)
+    origin: dict[str, Any] = {"source": str(root.resolve()), "format": "imagefolder"}
+    if not classes:
+        origin[HIGHEST_LABEL] = max(item.label for item in items)
+    return Manifest(root.resolve(), shards, tuple(classes), origin, np.zeros(len(items), np.int64), pictures)
 
 
 def _sample_offsets(path: Path) -> list[int]:

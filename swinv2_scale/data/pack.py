@@ -17,7 +17,9 @@ import numpy as np
 from webdataset import TarWriter
 
 from swinv2_scale.data import demo
+from swinv2_scale.data.folder import Item, image_folder
 from swinv2_scale.data.manifest import (
+    HIGHEST_LABEL,
     MANIFEST_NAME,
     Manifest,
     Shard,
@@ -26,7 +28,7 @@ from swinv2_scale.data.manifest import (
     sha256_of,
     write_manifest,
 )
-from swinv2_scale.data.shards import IMAGE_EXTENSIONS, Item, progress_bar, shuffled
+from swinv2_scale.data.shards import progress_bar, shuffled
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +55,8 @@ def pack(source: str, destination: Path, *, format: str, shard_size: int | str, 
     classes, items = image_folder(Path(source)) if format == "imagefolder" else demo.samples(source)
     origin = {"source": source, "format": format, "seed": seed, "shard_size": str(shard_size)}
     origin["files"] = _fingerprint(items)
+    if not classes:
+        origin[HIGHEST_LABEL] = max(item.label for item in items)
     if _is_packed(destination, origin):
         log.info("already packed: %s", destination)
         return open_manifest(destination)
@@ -100,36 +104,6 @@ def write_shards(
         shards.append(Shard(path.name, path.stat().st_size, sha256_of(path), len(group)))
     next(progress, None)  # lets the progress bar finish
     return write_manifest(directory, shards, np.array(offsets), classes=classes, origin=origin)
-
-
-def image_folder(root: Path) -> tuple[list[str], list[Item]]:
-    """Classes and samples of a tree `root/class/…/name.jpg`; a class's label is its position among the sorted names."""
-    if not root.is_dir():
-        raise ValueError(f"{root} is no directory; an image folder is SOURCE/class/name.jpg")
-    classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    if not classes:
-        raise ValueError(f"{root} holds no class directories; an image folder is SOURCE/class/name.jpg")
-    items: list[Item] = []
-    taken: set[str] = set()
-    for label, name in enumerate(classes):
-        for path in sorted((root / name).rglob("*")):
-            extension = path.suffix[1:].lower()
-            relative = path.relative_to(root)
-            hidden = any(part.startswith(".") for part in relative.parts)
-            if hidden or extension not in IMAGE_EXTENSIONS or not path.is_file():
-                continue
-            # A key ends at the first dot of its last component, and a.jpg beside a.png must not become one sample.
-            key = f"{relative.parent.as_posix()}/{path.stem.replace('.', '_')}"
-            while key in taken:
-                key += "~"
-            taken.add(key)
-            items.append(Item(key, extension, label, path))
-    if not items:
-        raise ValueError(
-            f"{root} holds {len(classes)} class directories but no images ({', '.join(IMAGE_EXTENSIONS)}); "
-            "an image folder is SOURCE/class/name.jpg"
-        )
-    return classes, items
 
 
 def parse_shard_size(text: int | str) -> tuple[int, bool]:

@@ -6,7 +6,7 @@ import tarfile
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -16,9 +16,9 @@ from rich.progress import track
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2 import functional as F
 
+from swinv2_scale.data.folder import IMAGE_EXTENSIONS
 from swinv2_scale.data.manifest import Manifest, sha256_of, split_member
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif", "ppm", "pgm")
 _OPEN_SHARDS = 128  # open files per process; hosts commonly allow 1,024
 
 T = TypeVar("T")
@@ -26,15 +26,6 @@ T = TypeVar("T")
 
 class CorruptSampleError(ValueError):
     """A sample that cannot be used: no image, an image that does not decode, or a class that does not exist."""
-
-
-class Item(NamedTuple):
-    """A sample to be packed: `content` is the encoded image, or the file that holds it."""
-
-    key: str
-    extension: str
-    label: int
-    content: Path | bytes
 
 
 def shuffled(samples: int, *seeds: int) -> np.ndarray:
@@ -53,12 +44,17 @@ _descriptors: OrderedDict[tuple[Path, str], int] = OrderedDict()
 def read_sample(manifest: Manifest, index: int) -> tuple[str, dict[str, bytes]]:
     """Key of sample `index`, and its members' bytes by extension ("jpg", "cls", …), with one positioned read.
 
+    A picture of a plain folder reads as the sample that it would be packed to.
+
     Raises OSError when the shard cannot be read or ends too early, CorruptSampleError when the bytes are no members.
     """
     path, offset, size = manifest.locate(index)
-    content = os.pread(_descriptor(path, manifest.hash), size, offset)
+    content = path.read_bytes() if manifest.pictures else os.pread(_descriptor(path, manifest.hash), size, offset)
     if len(content) < size:
         raise OSError(f"shard {path} ends within sample {index} (bytes {offset} to {offset + size}): it was truncated")
+    if manifest.pictures:
+        name, label = manifest.pictures[index]
+        return name, {path.suffix[1:].lower(): content, "cls": str(label).encode()}
     key = None
     members: dict[str, bytes] = {}
     try:

@@ -45,14 +45,14 @@ class DropPath(nn.Module):
 
 
 class WindowAttention(nn.Module):
-    """Cosine attention inside windows with a log-spaced position bias. The key has no bias: it would turn k."""
+    """Cosine attention inside windows with a continuous position bias. The key has no bias: it would turn k."""
 
-    def __init__(self, channels: int, num_heads: int) -> None:
+    def __init__(self, channels: int, num_heads: int, position_bias: str) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.implementation = "auto"  # of the operator; models/memory.py changes it
         self.logit_scale = nn.Parameter(torch.empty(num_heads, 1, 1))
-        self.cpb_mlp = PositionBias(num_heads)
+        self.cpb_mlp = PositionBias(num_heads, spacing=position_bias)
         self.qkv = nn.Linear(channels, 3 * channels, bias=False)
         self.q_bias = nn.Parameter(torch.empty(channels))
         self.v_bias = nn.Parameter(torch.empty(channels))
@@ -96,11 +96,12 @@ class Block(nn.Module):
         mlp_ratio: float,
         drop_path_rate: float,
         extra_norm: bool,
+        position_bias: str,
     ) -> None:
         super().__init__()
         self.window, self.reference_window = list(window), list(reference)
         self.shift = [w // 2 if shifted else 0 for w in window]
-        self.attn = WindowAttention(channels, num_heads)
+        self.attn = WindowAttention(channels, num_heads, position_bias)
         self.norm1 = LayerNorm(channels)
         self.mlp = Mlp(channels, int(channels * mlp_ratio))
         self.norm2 = LayerNorm(channels)
@@ -173,7 +174,9 @@ class SwinTransformerV2(nn.Module):
     pretrained_window_size null: the windows that this model has at image_size. Windows larger than a feature map
     shrink to it at run time, per axis, so any image size can be passed to forward.
     weight_init: "released" (norm1 and norm2 start at 0), or "research" (they start at 1e-5, and proj and fc2 are
-    scaled down by sqrt(2 · block number)). Raises ValueError for arguments that do not fit together.
+    scaled down by sqrt(2 · block number)).
+    position_bias: how its coordinates are spaced, "log" or "linear" (position_bias.py).
+    Raises ValueError for arguments that do not fit together.
     """
 
     def __init__(
@@ -192,6 +195,7 @@ class SwinTransformerV2(nn.Module):
         num_classes: int,
         image_size: int | Sequence[int],
         weight_init: str,
+        position_bias: str = "log",
     ) -> None:
         super().__init__()
         stages = len(depths)
@@ -228,6 +232,7 @@ class SwinTransformerV2(nn.Module):
                     mlp_ratio=mlp_ratio,
                     drop_path_rate=rates[sum(depths[:i]) + b],
                     extra_norm=extra_norm_period > 0 and (b + 1) % extra_norm_period == 0,
+                    position_bias=position_bias,
                 )
                 for b in range(depth)
             ]
@@ -235,6 +240,14 @@ class SwinTransformerV2(nn.Module):
         self.norm = LayerNorm(self.widths[-1])
         self.head = nn.Linear(self.widths[-1], num_classes) if num_classes else nn.Identity()
         init_weights(self, weight_init)
+
+    @property
+    def windows(self) -> list[list[int]]:
+        """Per stage, the window that blocks have at image_size; at another size it shrinks to the map by itself."""
+        sizes = [[math.ceil(g / 2**i) for g in self.absolute_grid] for i in range(len(self.layers))]
+        return [
+            fit_window(size, blocks[0].window, (0, 0))[0] for size, blocks in zip(sizes, self.blocks(), strict=True)
+        ]
 
     @property
     def pretrained_windows(self) -> list[list[int]]:

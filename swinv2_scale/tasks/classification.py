@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from swinv2_scale.config import instantiate
 from swinv2_scale.data.stream import Batch
-from swinv2_scale.data.transforms import Mix, to_uint8
+from swinv2_scale.data.transforms import EvaluationTransform, Mix, to_uint8
 from swinv2_scale.models.swin_v2 import SwinTransformerV2
 from swinv2_scale.telemetry import Picture
 
@@ -17,18 +17,35 @@ from swinv2_scale.telemetry import Picture
 class Classification:
     """Cross-entropy against the soft targets that train_collate makes (mixing, label smoothing).
 
-    num_classes must be that of the model. Raises ValueError for fewer than two.
+    num_classes must be that of the model. With evaluation_flip, held-out images are judged by the mean of their logits
+    and those of their mirror images. Raises ValueError for fewer than two classes.
     """
 
     metrics = ("loss", "top1", "top5")
 
     def __init__(
-        self, *, train_transform: Callable, evaluation_transform: Callable, train_collate: Callable, num_classes: int
+        self,
+        *,
+        train_transform: Callable,
+        evaluation_transform: EvaluationTransform,
+        evaluation_flip: bool,
+        train_collate: Callable,
+        num_classes: int,
     ) -> None:
         if num_classes < 2:
-            raise ValueError(f"classification needs model.num_classes of 2 or more, got {num_classes}")
+            raise ValueError(
+                f"classification needs model.num_classes of 2 or more, got {num_classes} (0: a checkpoint without head)"
+            )
         self.train_transform, self.evaluation_transform = train_transform, evaluation_transform
-        self.num_classes = num_classes
+        self.num_classes, self.evaluation_flip = num_classes, evaluation_flip
+        of = evaluation_transform
+        self.settings = {
+            "image_size": of.image_size,
+            "crop": of.crop,
+            "resize": of.resize,
+            "interpolation": of.interpolation,
+            "flip": evaluation_flip,
+        }
         self.train_collate = train_collate
         # Mixes nothing: it is there for its check of the labels.
         self.evaluation_collate = Mix(
@@ -51,8 +68,14 @@ class Classification:
         assert isinstance(model, SwinTransformerV2)
         return model
 
-    def check_classes(self, *classes: Sequence[str]) -> None:
-        """Raises ValueError unless all data have the same classes, as many as the model."""
+    def check_classes(self, *classes: Sequence[str], highest_label: int | None = None) -> None:
+        """Raises ValueError unless all data have the same classes, as many as the model, or numbers of its classes."""
+        if highest_label is not None and highest_label >= self.num_classes:
+            raise ValueError(
+                f"the data's class directories are numbers, which are its labels, up to {highest_label}, and the model "
+                f"has classes 0 to {self.num_classes - 1}: set model.num_classes to what it was trained with, or "
+                "rename the directories (and pack them again)"
+            )
         known = [list(names) for names in classes if names]
         for names in known:
             if len(names) != self.num_classes:
@@ -71,14 +94,16 @@ class Classification:
         """Mean cross-entropy of the micro-batch, computed in float32."""
         return F.cross_entropy(model(batch["image"]).float(), batch["target"])
 
-    def sums(self, model: Callable, batch: Batch) -> dict[str, Tensor]:
-        """Sums over a held-out batch: cross-entropy, hits at 1 and at 5."""
+    def scores(self, model: Callable, batch: Batch) -> dict[str, Tensor]:
+        """Of each image of a held-out batch, (B,): cross-entropy, and whether it was hit at 1 and at 5."""
         logits, label = model(batch["image"]).float(), batch["label"]
+        if self.evaluation_flip:
+            logits = (logits + model(batch["image"].flip(-1)).float()) / 2
         best = logits.topk(min(5, logits.shape[1]), dim=1).indices == label[:, None]
         return {
-            "loss": F.cross_entropy(logits, label, reduction="sum"),
-            "top1": best[:, 0].sum(),
-            "top5": best.any(dim=1).sum(),
+            "loss": F.cross_entropy(logits, label, reduction="none"),
+            "top1": best[:, 0],
+            "top5": best.any(dim=1),
         }
 
     def pictures(self, model: nn.Module, batch: Batch, classes: Sequence[str]) -> tuple[str, list[Picture]]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from swinv2_scale.config import instantiate
 from swinv2_scale.data.stream import Batch
-from swinv2_scale.data.transforms import collate, to_uint8
+from swinv2_scale.data.transforms import SimMIMEvaluationTransform, collate, to_uint8
 from swinv2_scale.models.simmim import SimMIM
 from swinv2_scale.models.swin_v2 import PATCH, SwinTransformerV2
 from swinv2_scale.telemetry import Picture
@@ -18,9 +18,14 @@ class MaskedImageModelling:
     """Reconstructs hidden pixels. norm_target_window: see models/simmim.py."""
 
     metrics = ("loss",)
+    num_classes = 0
 
-    def __init__(self, *, train_transform: Callable, evaluation_transform: Callable, norm_target_window: int) -> None:
+    def __init__(
+        self, *, train_transform: Callable, evaluation_transform: SimMIMEvaluationTransform, norm_target_window: int
+    ) -> None:
         self.train_transform, self.evaluation_transform = train_transform, evaluation_transform
+        of = evaluation_transform
+        self.settings = {"image_size": of.image_size, "mask_unit": of.mask_unit, "mask_ratio": of.mask_ratio}
         self.train_collate = self.evaluation_collate = collate
         self.norm_target_window = norm_target_window
 
@@ -33,16 +38,16 @@ class MaskedImageModelling:
         assert isinstance(model, SimMIM)
         return model.encoder
 
-    def check_classes(self, *classes: Sequence[str]) -> None:
+    def check_classes(self, *classes: Sequence[str], highest_label: int | None = None) -> None:
         """Labels are not used: any data fits."""
 
     def loss(self, model: Callable, batch: Batch) -> Tensor:
         """Mean L1 distance over hidden pixels."""
         return model(batch["image"], batch["mask"])
 
-    def sums(self, model: Callable, batch: Batch) -> dict[str, Tensor]:
-        """The loss, weighted by the number of images: every image has equally many hidden pixels."""
-        return {"loss": self.loss(model, batch) * len(batch["key"])}
+    def scores(self, model: Callable, batch: Batch) -> dict[str, Tensor]:
+        """The loss, (B,), the same for each: every image has equally many hidden pixels."""
+        return {"loss": self.loss(model, batch).expand(len(batch["key"]))}
 
     def pictures(self, model: nn.Module, batch: Batch, classes: Sequence[str]) -> tuple[str, list[Picture]]:
         """Original, masked image and reconstruction side by side, for 8 images of a held-out batch."""

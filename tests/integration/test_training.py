@@ -1,5 +1,6 @@
 """What must not change a run: ranks, ZeRO stage, accumulation, launcher, recomputation, interruption."""
 
+import csv
 import json
 import shutil
 from collections.abc import Callable
@@ -9,6 +10,9 @@ import pytest
 import torch
 from conftest import Run
 from torch import Tensor
+
+from swinv2_scale.data.manifest import open_manifest
+from swinv2_scale.data.shards import read_sample
 
 Launch = Callable[..., Run]
 STEPS = 6
@@ -161,6 +165,53 @@ def test_a_simmim_run_is_evaluated_and_continued(launch: Launch, shards: Path, t
     )
     assert headless.returncode == 2
     assert "has no head.weight, head.bias of this shape" in headless.output
+
+
+def test_evaluation_is_exact_on_any_number_of_ranks_from_shards_or_a_folder(
+    launch: Launch, shards: Path, tmp_path: Path
+) -> None:
+    """359 digits, which neither 2 nor 3 ranks divide; the model is what the run's checkpoint says."""
+    tuned = launch("tuned", *classification(shards), "micro_batch=16", "precision=fp32", "model.window_size=8")
+    assert tuned.returncode == 0, tuned.output
+    packed, folder = open_manifest(shards / "digits/validation"), tmp_path / "folder"
+    for index in range(len(packed)):  # unpacked into directories that are numbers, as ImageNet-V2 has them
+        key, members = read_sample(packed, index)
+        path = folder / members.pop("cls").decode() / f"{key.replace('/', '_')}.{min(members)}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(members[min(members)])
+
+    def evaluated(name: str, data: Path, *settings: str, ranks: int = 1) -> Run:
+        common = [f"checkpoint={tmp_path}/tuned", "precision=fp32", "evaluation_batch=25", "workers=1"]
+        places = [f"data.validation={data}", f"run_dir={tmp_path}/{name}"]
+        return launch(name, *common, *places, *settings, ranks=ranks, script="evaluate", tiny=False)
+
+    last = tuned.events("evaluation")[STEPS]
+    for ranks, data in ((1, packed.root), (1, folder), (2, folder), (3, folder)):
+        run = evaluated(f"{ranks}_{data.name}", data, ranks=ranks)
+        assert run.returncode == 0, run.output
+        assert "model: as the checkpoint says" in run.output
+        result = json.loads((run.directory / "evaluation.json").read_text())
+        assert (result["samples"], result["top1"], result["top5"]) == (359, last["top1"], last["top5"])
+        assert result["loss"] == pytest.approx(last["loss"], rel=1e-6)
+        assert result["images_per_second"] > 0
+        assert [result["settings"][key] for key in ("image_size", "crop", "ranks")] == [64, True, ranks]
+        lines = list(csv.DictReader((run.directory / "per_class.csv").open()))
+        assert [line["name"] for line in lines] == list(packed.classes), (
+            "known from the checkpoint, if not from the data"
+        )
+        assert sum(int(line["samples"]) for line in lines) == 359
+        assert sum(float(line["top1"]) * int(line["samples"]) for line in lines) / 359 == pytest.approx(result["top1"])
+    squash = ["task.evaluation_flip=true", "task.evaluation_transform.crop=false"]
+    squashed = evaluated("squashed", folder, "model.image_size=96", *squash)
+    assert squashed.returncode == 0, squashed.output
+    assert "but model.image_size=96" in squashed.output
+    found = json.loads((squashed.directory / "evaluation.json").read_text())["settings"]
+    assert [found[key] for key in ("image_size", "crop", "resize", "flip")] == [96, False, [96, 96], True]
+    (folder / "9").rename(folder / "12")
+    outside = evaluated("outside", folder)
+    assert outside.returncode == 2
+    assert "numbers, which are its labels, up to 12, and the model has classes 0 to 9" in outside.output
+    assert not outside.directory.exists()
 
 
 def test_mistakes_end_with_one_clear_message(launch: Launch, shards: Path, tmp_path: Path) -> None:

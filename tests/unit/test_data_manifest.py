@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from swinv2_scale.data.folder import Item
 from swinv2_scale.data.manifest import Manifest, open_manifest
 from swinv2_scale.data.pack import index, write_shards
-from swinv2_scale.data.shards import Item, read_sample
+from swinv2_scale.data.shards import read_sample
 
 
 @pytest.fixture

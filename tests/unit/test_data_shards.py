@@ -9,9 +9,10 @@ import webdataset
 from PIL import Image
 
 from swinv2_scale.data import demo
+from swinv2_scale.data.folder import Item, image_folder
 from swinv2_scale.data.manifest import open_manifest, split_member
-from swinv2_scale.data.pack import image_folder, pack, parse_shard_size, write_shards
-from swinv2_scale.data.shards import CorruptSampleError, Item, decode, decode_sample, read_sample, stats, verify
+from swinv2_scale.data.pack import pack, parse_shard_size, write_shards
+from swinv2_scale.data.shards import CorruptSampleError, decode, decode_sample, read_sample, stats, verify
 
 
 def encode(pixels: np.ndarray, file_format: str) -> bytes:

@@ -10,9 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
+from swinv2_scale.data.folder import Item
 from swinv2_scale.data.manifest import Manifest
 from swinv2_scale.data.pack import write_shards
-from swinv2_scale.data.shards import Item, read_sample, shuffled
+from swinv2_scale.data.shards import read_sample, shuffled
 from swinv2_scale.data.stream import CorruptCounter, Order, draw, evaluation_stream, training_stream
 from swinv2_scale.data.transforms import ClassificationTransform, Mix, SimMIMEvaluationTransform, collate
 

@@ -5,7 +5,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import skimage.data
 import torch
+from PIL import Image
+from torchvision.transforms import functional as v1
 
 from swinv2_scale.data.transforms import (
     IMAGENET_MEAN,
@@ -134,18 +137,36 @@ def test_magnitude_nine_is_nine_tenths_of_the_range():
 def test_evaluation_crops_the_centre_of_the_resized_image():
     striped = torch.zeros(3, 70, 140, dtype=torch.uint8)
     striped[:, :, 35:105] = 255  # the middle square
-    made = EvaluationTransform(image_size=70, resize=70, interpolation="bicubic")({**sample(), "image": striped})
+    made = EvaluationTransform(image_size=70, crop=True, interpolation="bicubic")({**sample(), "image": striped})
     white = (1 - torch.tensor(IMAGENET_MEAN)) / torch.tensor(IMAGENET_STD)
     assert torch.allclose(made["image"], white[:, None, None].expand(3, 70, 70))
-    assert EvaluationTransform(image_size=64, resize=73, interpolation="bilinear")(sample())["image"].shape == (
-        3,
-        64,
-        64,
-    )
-    with pytest.raises(ValueError, match="resize 60 is smaller than image_size 64; resize to 64 or more"):
-        EvaluationTransform(image_size=64, resize=60, interpolation="bicubic")
     with pytest.raises(ValueError, match="interpolation 'cubic' is not one of bilinear, bicubic"):
-        EvaluationTransform(image_size=64, resize=64, interpolation="cubic")
+        EvaluationTransform(image_size=64, crop=None, interpolation="cubic")
+
+
+@pytest.mark.parametrize(
+    ("size", "crop", "resize"),
+    [
+        (224, None, [256]),
+        (256, None, [292]),
+        (384, None, [384, 384]),
+        (384, True, [438]),
+        (256, False, [256, 256]),
+    ],
+)
+def test_evaluation_is_the_released_one_in_pil_to_a_level_of_255(size, crop, resize):
+    """Against torchvision's PIL backend, which the released code uses, on photographs of two shapes."""
+    transform = EvaluationTransform(image_size=size, crop=crop, interpolation="bicubic")
+    assert transform.resize == resize
+    for name in ("astronaut", "chelsea"):
+        pixels = getattr(skimage.data, name)()
+        picture = v1.resize(Image.fromarray(pixels), resize, v1.InterpolationMode.BICUBIC)
+        expected = v1.pil_to_tensor(v1.center_crop(picture, [size, size])).float()
+        made = transform({**sample(), "image": torch.from_numpy(pixels).permute(2, 0, 1)})["image"]
+        mean, std = torch.tensor(IMAGENET_MEAN)[:, None, None], torch.tensor(IMAGENET_STD)[:, None, None]
+        difference = ((made * std + mean) * 255 - expected).abs()
+        assert difference.max() < 2.01
+        assert (difference > 0.01).float().mean() < 0.01
 
 
 def constant(number: int, size: int = 40) -> dict[str, Any]:

@@ -23,6 +23,8 @@ LAYERS = {
     "swinv2_scale.telemetry": 3,
     "swinv2_scale.checkpoint": 3,
     "swinv2_scale.report": 3,
+    "swinv2_scale.export": 3,
+    "swinv2_scale.embed": 3,
     "swinv2_scale.train": 4,
     "swinv2_scale.tasks": 5,
     "swinv2_scale.run": 5,
@@ -40,6 +42,8 @@ HOMES = {
     "fairscale": "swinv2_scale/models/memory.py",
     "skimage": "swinv2_scale/data/demo.py",
     "sklearn": "swinv2_scale/data/demo.py",
+    "onnxruntime": "swinv2_scale/export.py",
+    "pyarrow": "swinv2_scale/embed.py",
 }
 NEVER = {"timm", "apex", "mmcv", "matplotlib"}
 
