@@ -140,7 +140,7 @@ def open_model(
     model = task.build(cfg.model)
     resumable = checkpoint.latest(run_dir, telemetry.say)
     if cfg.checkpoint and resumable is None:
-        telemetry.say(str(load_checkpoint(model, start_weights(cfg.checkpoint))))
+        load_checkpoint(model, start_weights(cfg.checkpoint))
     # 3  memory policy, parameter groups, engine
     memory.apply(model, **cfg.memory)
     optim = cfg.optim

@@ -1,6 +1,6 @@
 """Table 1 of the paper in small: models trained at window 4, tested without fine-tuning at 4, 6, 8 and 12.
 
-    python docs/benchmarks/window_transfer.py                # three seeds; prints the table of window_transfer.md
+    python docs/benchmarks/window_transfer.py                # three seeds; prints a table
     python docs/benchmarks/window_transfer.py --seeds 0      # one
 
 Both spacings of the position bias train with the same seed, so with the same weights at the start, the same order of
