@@ -17,7 +17,7 @@ SIMMIM = ["simmim_plain", "simmim_norm_target47"]
 def bounds(name: str, dtype: torch.dtype) -> tuple[float, float]:
     """Relative bounds for outputs and for gradients, which are stored as float32."""
     if name == "classifier_extra_norm_every2":  # computed in float32: its own rounding remains in float64
-        return (1e-6, 1e-5) if dtype == torch.float32 else (1e-5, 5e-5)
+        return (1e-5, 5e-5)  # in float32 the order of sums is the processor's: 1.4e-6 on one, below 1e-6 on another
     return (1e-4, 1e-4) if dtype == torch.float32 else (1e-8, 1e-7)
 
 
