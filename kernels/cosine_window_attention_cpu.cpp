@@ -1,0 +1,843 @@
+// Cosine window attention on CPU, forward and backward. Compiled once per instruction set (see setup.py); everything has
+// internal linkage and nothing of the standard library's templates is used, so that no code for a newer processor can
+// replace that of an older one when the objects are linked.
+//
+// Words. Matrix products run on words of 32 bits: one float32, or two bfloat16 that lie next to each other along the
+// contracted dimension, where the processor has their dot product (PAIR). A product reads
+//     a  rows        (rows, contraction words), any strides, one word at a time
+//     b  contraction (contraction words, columns), a vector of columns at a time
+// so that a matrix x (tokens, D) is kept in up to three forms:
+//     rows        (token, word of D)          a, contracted over D
+//     transposed  (word of D, token)          b, contracted over D
+//     columns     (word of tokens, D)         b, contracted over tokens; the same as rows unless words are pairs
+//
+// A task is one head of a chunk of windows. It takes a few windows at a time, for each pair of a query tile and a key
+// tile, so that the tile's bias is laid out once for all of them. Logits are in units of log 2.
+
+#include <stdint.h>
+#include <string.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "cosine_window_attention_cpu.h"
+
+#ifndef INSTRUCTION_SET
+#define INSTRUCTION_SET portable
+#endif
+#define STRING(x) #x
+#define NAME(x) STRING(x)
+#define INLINE __attribute__((always_inline)) inline
+
+namespace cosine_window_attention {
+namespace {
+
+// -- vectors -------------------------------------------------------------------------------------------------------------
+
+#if defined(__AVX512F__)
+constexpr int BYTES = 64, REGISTERS = 32;
+#elif defined(__AVX2__)
+constexpr int BYTES = 32, REGISTERS = 16;
+#else
+constexpr int BYTES = 16, REGISTERS = 16;
+#endif
+
+template <class T>
+struct VectorOf;
+template <>
+struct VectorOf<float> {
+  typedef float type __attribute__((vector_size(BYTES)));
+  typedef int32_t bits __attribute__((vector_size(BYTES)));
+};
+template <>
+struct VectorOf<double> {
+  typedef double type __attribute__((vector_size(BYTES)));
+  typedef int64_t bits __attribute__((vector_size(BYTES)));
+};
+template <class T>
+using Vec = typename VectorOf<T>::type;
+template <class T>
+using Bits = typename VectorOf<T>::bits;
+template <class T>
+constexpr int LANES = BYTES / sizeof(T);
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+constexpr float INF = __builtin_inff();
+constexpr double LOG2_E = 1.4426950408889634, LN_2 = 0.6931471805599453;
+
+INLINE int least(int a, int b) { return a < b ? a : b; }
+INLINE int most(int a, int b) { return a < b ? b : a; }
+INLINE int up_to(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+template <class To, class From>
+INLINE To bit_cast(From x) {
+  static_assert(sizeof(To) == sizeof(From), "same size");
+  To y;
+  memcpy(&y, &x, sizeof y);
+  return y;
+}
+template <class T>
+INLINE Vec<T> splat(T x) {
+  return Vec<T>{} + x;
+}
+template <class T>
+INLINE Vec<T> load(const T* p) {
+  Vec<T> x;
+  memcpy(&x, p, sizeof x);
+  return x;
+}
+template <class T>
+INLINE void store(T* p, Vec<T> x) {
+  memcpy(p, &x, sizeof x);
+}
+template <class T>
+INLINE T sum(Vec<T> x) {
+  T total[LANES<T>];
+  memcpy(total, &x, sizeof x);
+  for (int n = LANES<T> / 2; n > 0; n /= 2)
+    for (int i = 0; i < n; ++i) total[i] += total[i + n];
+  return total[0];
+}
+template <class T>
+INLINE T largest(Vec<T> x) {
+  T top[LANES<T>];
+  memcpy(top, &x, sizeof x);
+  for (int n = LANES<T> / 2; n > 0; n /= 2)
+    for (int i = 0; i < n; ++i) top[i] = top[i] > top[i + n] ? top[i] : top[i + n];
+  return top[0];
+}
+#if defined(__AVX512F__)
+template <>
+INLINE float sum<float>(Vec<float> x) {
+  return _mm512_reduce_add_ps((__m512)x);
+}
+template <>
+INLINE float largest<float>(Vec<float> x) {
+  return _mm512_reduce_max_ps((__m512)x);
+}
+#endif
+
+// 2^x; NaN from NaN; 0 below the smallest normal number, because others are slow.
+INLINE Vec<float> exp2(Vec<float> x) {
+#if defined(__AVX512F__)
+  const Vec<float> whole = (Vec<float>)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const Vec<float> part = x - whole;
+#else
+  const Vec<float> shifted = x + 12582912.0f;  // 1.5 · 2^23: the integer nearest to x in the low bits
+  const Vec<float> part = x - (shifted - 12582912.0f);
+#endif
+  // Minimax on [-1/2, 1/2], relative error 7.5e-8.
+  Vec<float> y = splat(0.0013276471992533978f);
+  y = y * part + 0.009675541334453752f;
+  y = y * part + 0.055507132734978495f;
+  y = y * part + 0.24022119723839974f;
+  y = y * part + 0.6931469670647609f;
+  y = y * part + 1.0f;
+#if defined(__AVX512F__)
+  const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, (__m512)splat(-126.0f), _CMP_NLT_UQ);
+  return (Vec<float>)_mm512_maskz_scalef_ps(normal, (__m512)y, (__m512)whole);
+#else
+  const Vec<float> scaled = bit_cast<Vec<float>>(bit_cast<Bits<float>>(y) + (bit_cast<Bits<float>>(shifted) << 23));
+  return x < -126.0f ? splat(0.0f) : scaled;
+#endif
+}
+INLINE Vec<double> exp2(Vec<double> x) {
+  for (int i = 0; i < LANES<double>; ++i) x[i] = __builtin_exp2(x[i]);
+  return x;
+}
+INLINE float log2_of(float x) { return __builtin_log2f(x); }
+INLINE double log2_of(double x) { return __builtin_log2(x); }
+INLINE float root(float x) { return __builtin_sqrtf(x); }
+INLINE double root(double x) { return __builtin_sqrt(x); }
+
+// -- storage types -------------------------------------------------------------------------------------------------------
+
+INLINE float widen(BFloat16 x) { return bit_cast<float>(uint32_t(x.bits) << 16); }
+INLINE float widen(Float16 x) {
+  const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, rest = x.bits & 0x7fff;
+  const float size = rest < 0x7c00 ? bit_cast<float>(rest << 13) * 0x1p112f : bit_cast<float>(rest << 13 | 0x7f800000);
+  return bit_cast<float>(sign | bit_cast<uint32_t>(size));
+}
+INLINE void narrow(float x, BFloat16* y) {
+  const uint32_t bits = bit_cast<uint32_t>(x);
+  y->bits = uint16_t(x != x ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+INLINE void narrow(float x, Float16* y) {
+  const uint32_t bits = bit_cast<uint32_t>(x), sign = bits >> 16 & 0x8000, size = bits & 0x7fffffff;
+  if (size >= 0x477ff000) {  // rounds to 2^16 or more, infinite, or NaN
+    y->bits = uint16_t(sign | (size > 0x7f800000 ? 0x7e00 : 0x7c00));
+  } else if (size < 0x38800000) {  // below 2^-14: a multiple of 2^-24, rounded by an addition
+    y->bits = uint16_t(sign | (bit_cast<uint32_t>(bit_cast<float>(size) + 0.5f) - 0x3f000000));
+  } else {
+    y->bits = uint16_t(sign | ((size + 0xfff + (size >> 13 & 1) - 0x38000000) >> 13));
+  }
+}
+
+template <class Element>
+INLINE Vec<float> load_wide(const Element* p) {
+#if defined(__AVX512F__)
+  const __m256i x = _mm256_loadu_si256((const __m256i*)p);
+  if (__is_same(Element, Float16)) return (Vec<float>)_mm512_cvtph_ps(x);
+  return (Vec<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16);
+#elif defined(__AVX2__)
+  const __m128i x = _mm_loadu_si128((const __m128i*)p);
+  if (__is_same(Element, Float16)) return (Vec<float>)_mm256_cvtph_ps(x);
+  return (Vec<float>)_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16);
+#else
+  Vec<float> x;
+  for (int i = 0; i < LANES<float>; ++i) x[i] = widen(p[i]);
+  return x;
+#endif
+}
+INLINE Vec<float> load_wide(const float* p) { return load(p); }
+INLINE Vec<double> load_wide(const double* p) { return load(p); }
+
+template <class Element>
+INLINE void store_narrow(Element* p, Vec<float> x) {
+#if defined(__AVX512F__)
+  if (__is_same(Element, Float16)) {
+    _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
+    return;
+  }
+#elif defined(__AVX2__)
+  if (__is_same(Element, Float16)) {
+    _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
+    return;
+  }
+#endif
+#if defined(__AVX512BF16__)
+  if (__is_same(Element, BFloat16)) {
+    _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh((__m512)x));
+    return;
+  }
+#endif
+  for (int i = 0; i < LANES<float>; ++i) narrow(x[i], p + i);
+}
+INLINE void store_narrow(float* p, Vec<float> x) { store(p, x); }
+INLINE void store_narrow(double* p, Vec<double> x) { store(p, x); }
+
+// A vector of `count` elements, a multiple of 8 that may be less than the vector: zeros fill it.
+template <class Element>
+INLINE auto load_part(const Element* p, int count) {
+  constexpr int lanes = sizeof(Element) == 8 ? LANES<double> : LANES<float>;
+  Element padded[lanes] = {};
+  if constexpr (lanes > 8)
+    if (count < lanes) memcpy(padded, p, 8 * sizeof(Element)), p = padded;
+  return load_wide(p);
+}
+template <class Element, class V>
+INLINE void store_part(Element* p, V x, int count) {
+  constexpr int lanes = sizeof(Element) == 8 ? LANES<double> : LANES<float>;
+  if constexpr (lanes > 8)
+    if (count < lanes) {
+      Element padded[lanes];
+      store_narrow(padded, x);
+      memcpy(p, padded, 8 * sizeof(Element));
+      return;
+    }
+  store_narrow(p, x);
+}
+
+// -- words ---------------------------------------------------------------------------------------------------------------
+
+template <class T, bool PAIR>
+struct Words {
+  static constexpr int SIZE = 1;
+  static INLINE Vec<T> multiply_add(Vec<T> a, Vec<T> b, Vec<T> c) { return a * b + c; }
+  // Consecutive elements of a row.
+  static INLINE void store_row(T* p, Vec<T> x) { store(p, x); }
+};
+#if defined(__AVX512BF16__)
+template <>
+struct Words<float, true> {
+  static constexpr int SIZE = 2;
+  static INLINE Vec<float> multiply_add(Vec<float> a, Vec<float> b, Vec<float> c) {
+    return (Vec<float>)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
+  }
+  static INLINE void store_row(float* p, Vec<float> x) {
+    _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh((__m512)x));
+  }
+  // Lane by lane, the word of two rows.
+  static INLINE Vec<float> join(Vec<float> low, Vec<float> high) {
+    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,  //
+                                           23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    return (Vec<float>)_mm512_permutexvar_epi16(order, both);
+  }
+};
+#endif
+
+// -- matrix product --------------------------------------------------------------------------------------------------------
+
+// Words of the left matrix. Strides that the compiler knows become displacements; a row stride of 0 is known at run time.
+template <class T, int ROW, int STEP>
+struct Left {
+  const T* at;
+  int row_stride = ROW;
+  static constexpr int step = STEP;
+  INLINE T word(int row) const { return at[row * int64_t(ROW ? ROW : row_stride)]; }
+  INLINE Left below(int rows) const { return {at + rows * int64_t(ROW ? ROW : row_stride), row_stride}; }
+};
+
+// c (ROWS, COLUMNS vectors) = [c +] a · b, in registers.
+template <class T, bool PAIR, int ROWS, int COLUMNS, bool ADD, class A>
+__attribute__((noinline)) void block(A a, const T* b, int64_t b_step, int steps, T* c, int64_t c_row) {
+  Vec<T> total[ROWS][COLUMNS] = {};
+  for (int k = 0; k < steps; ++k, b += b_step) {
+    Vec<T> right[COLUMNS];
+#pragma GCC unroll 4
+    for (int j = 0; j < COLUMNS; ++j) right[j] = load(b + j * LANES<T>);
+#pragma GCC unroll 16
+    for (int r = 0; r < ROWS; ++r) {
+      const Vec<T> left = splat(a.word(r));
+#pragma GCC unroll 4
+      for (int j = 0; j < COLUMNS; ++j) total[r][j] = Words<T, PAIR>::multiply_add(left, right[j], total[r][j]);
+    }
+    a.at += A::step;
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+    for (int j = 0; j < COLUMNS; ++j) {
+      T* to = c + r * c_row + j * LANES<T>;
+      store(to, ADD ? load(to) + total[r][j] : total[r][j]);
+    }
+}
+
+template <class T, bool PAIR, int ROWS, int COLUMNS, bool ADD, class A>
+INLINE void block_rows(int rows, A a, const T* b, int64_t b_step, int steps, T* c, int64_t c_row) {
+  for (; rows >= ROWS; rows -= ROWS, a = a.below(ROWS), c += ROWS * c_row)
+    block<T, PAIR, ROWS, COLUMNS, ADD>(a, b, b_step, steps, c, c_row);
+  if constexpr (ROWS > 1) {
+    constexpr int fewer = ROWS > 8 ? 8 : ROWS > 4 ? 4 : ROWS / 2;
+    if (rows) block_rows<T, PAIR, fewer, COLUMNS, ADD>(rows, a, b, b_step, steps, c, c_row);
+  }
+}
+
+// c (rows, columns) = [c +] a · b; columns are a multiple of the vector.
+template <bool PAIR, bool ADD, class T, class A>
+void product(int rows, int columns, A a, const T* b, int64_t b_step, int steps, T* c, int64_t c_row) {
+  constexpr int lanes = LANES<T>;
+  constexpr bool many = REGISTERS == 32;
+  int j = 0;
+  if constexpr (many)
+    for (; j + 4 * lanes <= columns; j += 4 * lanes)
+      block_rows<T, PAIR, 6, 4, ADD>(rows, a, b + j, b_step, steps, c + j, c_row);
+  for (; j + 2 * lanes <= columns; j += 2 * lanes)
+    block_rows<T, PAIR, many ? 12 : 6, 2, ADD>(rows, a, b + j, b_step, steps, c + j, c_row);
+  for (; j < columns; j += lanes)
+    block_rows<T, PAIR, many ? 12 : 8, 1, ADD>(rows, a, b + j, b_step, steps, c + j, c_row);
+}
+
+// (LANES, LANES) words: log2 steps, each exchanging halves of blocks.
+template <class T, int STEP = LANES<T> / 2>
+INLINE void transpose_square(Vec<T>* x) {
+  Bits<T> low, high;
+  for (int i = 0; i < LANES<T>; ++i) {
+    low[i] = i & STEP ? i - STEP + LANES<T> : i;
+    high[i] = i & STEP ? i + LANES<T> : i + STEP;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < LANES<T>; ++i)
+    if (!(i & STEP)) {
+      const Vec<T> a = x[i], b = x[i + STEP];
+      x[i] = __builtin_shuffle(a, b, low);
+      x[i + STEP] = __builtin_shuffle(a, b, high);
+    }
+  if constexpr (STEP > 1) transpose_square<T, STEP / 2>(x);
+}
+// to (columns, rows) from (rows, columns); both are multiples of the vector.
+template <class T>
+void transpose(int rows, int columns, const T* from, T* to) {
+  constexpr int lanes = LANES<T>;
+  for (int r = 0; r < rows; r += lanes)
+    for (int c = 0; c < columns; c += lanes) {
+      Vec<T> x[lanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < lanes; ++i) x[i] = load(from + (r + i) * int64_t(columns) + c);
+      transpose_square<T>(x);
+#pragma GCC unroll 16
+      for (int i = 0; i < lanes; ++i) store(to + (c + i) * int64_t(rows) + r, x[i]);
+    }
+}
+
+// -- one task --------------------------------------------------------------------------------------------------------------
+
+constexpr int QUERY_TILE = 64, KEY_TILE = 128;      // tokens; the query tile is even, the key tile a multiple of all vectors
+constexpr int GROUP = 16, GROUP_BYTES = 512 << 10;  // windows that share a tile's bias, as many as stay in the cache
+
+struct Run {  // keys of a tile that lie in one row of the window: their biases are contiguous
+  int key, length, offset;
+};
+
+template <class Element, class T, bool PAIR>
+struct Task {
+  using W = Words<T, PAIR>;
+  static constexpr int LANE = LANES<T>;
+  static constexpr int WORD_TILE = KEY_TILE / W::SIZE;  // words of keys in a row of `left`
+  using Rows = Left<T, 0, 1>;
+  using ByKeys = Left<T, WORD_TILE, 1>;
+  using ByQueries = Left<T, 1, KEY_TILE>;
+
+  struct Window {  // one head of one window
+    T *q_rows, *q_columns, *k_rows, *k_columns, *k_transposed, *v_columns, *v_transposed, *g_rows, *g_columns;
+    T *grad_q, *grad_k, *grad_v;    // with respect to unit q and k
+    T *q_inverse, *k_inverse;       // 1 / length
+    T *top, *total, *out;           // forward: running maximum and sum of the query tile, and its rows of out
+    T *lse, *delta;                 // backward: log-sum-exp in units of log 2, and Σ grad_out · out
+    T *grad_sum, *mean;             // of each query, over keys: Σ gradient of logits, Σ probability · cosine
+    T *region, *hidden;             // of each key: its region, and -inf if it is absent
+    int64_t* token;                 // index on the map, or -1
+    bool masked;
+  };
+
+  const Call& call;
+  const Problem& p;
+  const bool backward;
+  const int tokens, padded;         // tokens of a window; the same rounded up to whole vectors
+  const int width, words;           // D in whole vectors; words of a row, in whole vectors
+  const int query_tile, key_tile;
+  const int group;
+  char* next;                       // of the scratch memory
+  T *table, *table_grad;            // of one head, reversed along every axis, in units of log 2
+  T *bias, *bias_grad;              // (query tile, key tile)
+  T *logits, *grads;                // (query tile, key tile)
+  T *left, *pairs, *grad_pairs;     // probabilities and gradients of logits as words
+  Run* runs;
+  int run_count, tile_query, tile_key, tile_rows, tile_keys;
+  int head;
+  T scale;
+  double scale_grad;
+  Window windows[GROUP];
+
+  static INLINE int pick_group(const Problem& p) {
+    const int64_t bytes = int64_t(p.tokens()) * p.width * 12 * sizeof(T);
+    return most(1, least(GROUP, int(GROUP_BYTES / (bytes > GROUP_BYTES ? GROUP_BYTES : bytes))));
+  }
+
+  template <class X>
+  X* take(int64_t count) {
+    char* start = next;
+    next += (count * int64_t(sizeof(X)) + 63) / 64 * 64;
+    return reinterpret_cast<X*>(start);
+  }
+
+  Task(const Call& call, bool backward, void* scratch)
+      : call(call), p(call.problem), backward(backward), tokens(p.tokens()), padded(up_to(tokens, LANE)),
+        width(up_to(p.width, LANE)), words(up_to(p.width / W::SIZE, LANE)), query_tile(least(up_to(tokens, 2), QUERY_TILE)),
+        key_tile(least(padded, KEY_TILE)), group(pick_group(p)), next(static_cast<char*>(scratch)) {
+    const int64_t tile = int64_t(query_tile) * KEY_TILE, rows = up_to(tokens, LANE);
+    table = take<T>(p.offsets() + 2 * LANE);
+    table_grad = take<T>(backward ? p.offsets() : 0);
+    bias = take<T>(tile + LANE);
+    bias_grad = take<T>(backward ? tile : 0);
+    logits = take<T>(tile);
+    grads = take<T>(tile);
+    left = take<T>(tile);
+    pairs = take<T>(tile);
+    grad_pairs = take<T>(tile);
+    runs = take<Run>(key_tile + 1);
+    for (int i = 0; i < group; ++i) {
+      Window& w = windows[i];
+      w.token = take<int64_t>(rows);
+      w.q_inverse = take<T>(rows);
+      w.k_inverse = take<T>(rows);
+      w.region = take<T>(rows);
+      w.hidden = take<T>(rows);
+      w.lse = take<T>(rows);
+      w.delta = take<T>(rows);
+      w.grad_sum = take<T>(rows);
+      w.mean = take<T>(rows);
+      w.q_rows = take<T>(rows * words);
+      w.k_rows = take<T>(rows * words);
+      w.k_transposed = take<T>(rows * words);
+      w.v_columns = take<T>(most(rows * width, rows * words));  // holds the rows of v too, before they are transposed
+      if (backward) {
+        w.v_transposed = take<T>(rows * words);
+        w.g_rows = take<T>(rows * words);
+        w.q_columns = PAIR ? take<T>(rows * width / W::SIZE) : w.q_rows;
+        w.k_columns = PAIR ? take<T>(rows * width / W::SIZE) : w.k_rows;
+        w.g_columns = PAIR ? take<T>(rows * width / W::SIZE) : w.g_rows;
+        w.grad_q = take<T>(rows * width);
+        w.grad_k = take<T>(rows * width);
+        w.grad_v = take<T>(rows * width);
+      } else {
+        w.top = take<T>(query_tile);
+        w.total = take<T>(query_tile);
+        w.out = take<T>(int64_t(query_tile) * width);
+      }
+    }
+  }
+
+  static size_t scratch_bytes(const Problem& p) {
+    Call call{};
+    call.problem = p;
+    return size_t(Task(call, true, nullptr).next - static_cast<char*>(nullptr));
+  }
+
+  // -- the head's table --
+
+  void enter_head(int number) {
+    head = number;
+    const int64_t offsets = p.offsets();
+    const T* from = static_cast<const T*>(call.bias_table) + head * offsets;
+    for (int64_t i = 0; i < offsets; ++i) table[i] = from[offsets - 1 - i] * T(LOG2_E);
+    if (backward) memset(table_grad, 0, offsets * sizeof(T));
+    const T limit = T(MAX_LOGIT_SCALE), log_scale = static_cast<const T*>(call.logit_scale)[head];
+    scale = T(__builtin_exp(double(log_scale > limit ? limit : log_scale)));
+    scale_grad = 0;
+    tile_query = tile_key = -1;
+  }
+
+  // Index in the reversed table is a sum of one term of the query and one of the key.
+  INLINE int query_offset(int token) const {
+    const Place at = p.token_place(token);
+    return ((p.window[0] - 1 - at.at[0]) * (2 * p.window[1] - 1) + p.window[1] - 1 - at.at[1]) * (2 * p.window[2] - 1) +
+           p.window[2] - 1 - at.at[2];
+  }
+  INLINE int key_offset(int token) const {
+    const Place at = p.token_place(token);
+    return (at.at[0] * (2 * p.window[1] - 1) + at.at[1]) * (2 * p.window[2] - 1) + at.at[2];
+  }
+
+  // Lay out the bias of a tile, unless it is there. Keys that complete a vector are at -inf.
+  void enter_tile(int query, int key, int rows, int keys) {
+    if (query == tile_query && key == tile_key) return;
+    leave_tile();
+    tile_query = query, tile_key = key, tile_rows = rows, tile_keys = keys;
+    run_count = 0;
+    const int end = least(key + keys, tokens);
+    for (int k = key; k < end;) {
+      const int length = least(p.window[2] - k % p.window[2], end - k);
+      runs[run_count++] = {k - key, length, key_offset(k)};
+      k += length;
+    }
+    for (int q = 0; q < rows; ++q) {
+      T* to = bias + int64_t(q) * KEY_TILE;
+      const T* from = table + query_offset(query + q);
+      for (int r = 0; r < run_count; ++r)  // whole vectors: what is too much is overwritten by the next
+        for (int i = 0; i < runs[r].length; i += LANE) store(to + runs[r].key + i, load(from + runs[r].offset + i));
+      for (int k = end - key; k < keys; ++k) to[k] = -INF;
+    }
+    if (backward) memset(bias_grad, 0, sizeof(T) * rows * KEY_TILE);
+  }
+
+  // Add the tile's gradient to the table's.
+  void leave_tile() {
+    if (!backward || tile_query < 0) return;
+    for (int q = 0; q < tile_rows; ++q) {
+      const T* from = bias_grad + int64_t(q) * KEY_TILE;
+      T* to = table_grad + query_offset(tile_query + q);
+      for (int r = 0; r < run_count; ++r)
+        for (int i = 0; i < runs[r].length; ++i) to[runs[r].offset + i] += from[runs[r].key + i];
+    }
+  }
+
+  // -- gathering --
+
+  // Rows of unit length (or as they are, if inverse is null) as words: `rows`, and `columns` when it is another form.
+  INLINE void gather(const Element* base, int64_t token_size, int64_t offset, const Window& w, T* inverse, T* rows,
+                     T* columns) {
+    for (int t = 0; t < tokens; t += W::SIZE) {
+      Vec<T> x[W::SIZE][MAX_WIDTH / LANE];
+      for (int i = 0; i < W::SIZE; ++i) {
+        const int64_t token = t + i < tokens ? w.token[t + i] : -1;
+        if (token < 0) {
+          for (int j = 0; j < width / LANE; ++j) x[i][j] = Vec<T>{};
+          if (inverse && t + i < tokens) inverse[t + i] = 1;
+        } else {
+          const Element* from = base + token * token_size + offset;
+          Vec<T> squares{};
+          for (int j = 0; j < width / LANE; ++j) {
+            x[i][j] = load_part(from + j * LANE, p.width - j * LANE);
+            squares += x[i][j] * x[i][j];
+          }
+          if (inverse) {
+            const T length = root(sum<T>(squares));
+            inverse[t + i] = 1 / (length == 0 ? T(1) : length < T(MIN_LENGTH) ? T(MIN_LENGTH) : length);
+            for (int j = 0; j < width / LANE; ++j) x[i][j] *= inverse[t + i];
+          }
+        }
+        if (rows)
+          for (int j = 0; j < width / LANE; ++j) W::store_row(rows + int64_t(t + i) * words + j * LANE / W::SIZE, x[i][j]);
+      }
+      if constexpr (PAIR)
+        if (columns)
+          for (int j = 0; j < width / LANE; ++j)
+            store(columns + int64_t(t / 2) * width + j * LANE, W::join(x[0][j], x[1][j]));
+    }
+  }
+
+  void enter_window(Window& w, int64_t number) {
+    const int64_t image = number / p.windows();
+    const Place place = p.window_place(number % p.windows());
+    w.masked = p.crosses_regions(place) || p.has_absent(place);
+    for (int t = 0; t < tokens; ++t) {
+      const Place at = p.token_place(t);
+      w.token[t] = p.token_index(image, place, at);
+      w.region[t] = T(p.region(place, at));
+      w.hidden[t] = w.token[t] < 0 ? -INF : T(0);
+    }
+    const Element* qkv = static_cast<const Element*>(call.qkv);
+    const int64_t size = 3 * int64_t(p.heads) * p.width, part = int64_t(p.heads) * p.width, first = int64_t(head) * p.width;
+    gather(qkv, size, first, w, w.q_inverse, w.q_rows, backward ? w.q_columns : nullptr);
+    gather(qkv, size, first + part, w, w.k_inverse, w.k_rows, backward ? w.k_columns : nullptr);
+    transpose(padded, words, w.k_rows, w.k_transposed);
+    if (!backward) {
+      gather(qkv, size, first + 2 * part, w, nullptr, PAIR ? nullptr : w.v_columns, w.v_columns);
+    } else {
+      gather(qkv, size, first + 2 * part, w, nullptr, w.v_columns, nullptr);
+      transpose(padded, words, w.v_columns, w.v_transposed);
+      const Element *grad = static_cast<const Element*>(call.grad_out), *out = static_cast<const Element*>(call.out);
+      gather(grad, part, first, w, nullptr, w.g_rows, w.g_columns);
+      for (int t = 0; t < tokens; ++t) {
+        w.lse[t] = INF, w.delta[t] = w.grad_sum[t] = w.mean[t] = 0;  // an absent query has no probabilities
+        if (w.token[t] < 0) continue;
+        w.lse[t] = static_cast<const T*>(call.lse)[p.row_offset(w.token[t], head)] * T(LOG2_E);
+        Vec<T> total{};
+        const int64_t row = p.out_offset(w.token[t], head);
+        for (int j = 0; j < p.width; j += LANE)
+          total += load_part(grad + row + j, p.width - j) * load_part(out + row + j, p.width - j);
+        w.delta[t] = sum<T>(total);
+      }
+      memset(w.grad_q, 0, sizeof(T) * int64_t(padded) * width);
+      memset(w.grad_k, 0, sizeof(T) * int64_t(padded) * width);
+      memset(w.grad_v, 0, sizeof(T) * int64_t(padded) * width);
+    }
+  }
+
+  // -- forward --
+
+  template <bool MASKED>
+  INLINE Vec<T> logit(const Window& w, const T* product, const T* bias_row, int key, int k, T factor, T region) const {
+    Vec<T> x = load(product + k) * factor + load(bias_row + k);
+    if (MASKED) {
+      const T penalty = T(p.mask_value) * T(LOG2_E);
+      x += load(w.hidden + key + k) + (load(w.region + key + k) != region ? splat(penalty) : Vec<T>{});
+    }
+    return x;
+  }
+
+  // Probabilities of a tile up to the factor that the running maximum and sum keep, as words of keys in `left`.
+  template <bool MASKED>
+  void softmax(const Window& w, int query, int key, int rows, int keys) {
+    const T factor = scale * T(LOG2_E);
+    for (int q = 0; q < rows; ++q) {
+      T* row = logits + int64_t(q) * KEY_TILE;
+      const T* bias_row = bias + int64_t(q) * KEY_TILE;
+      const T region = MASKED ? w.region[query + q] : T(0);
+      Vec<T> tops = splat(T(-INF));
+      for (int k = 0; k < keys; k += LANE) {
+        const Vec<T> x = logit<MASKED>(w, row, bias_row, key, k, factor, region);
+        store(row + k, x);
+        tops = x > tops ? x : tops;
+      }
+      const T before = w.top[q], tile_top = largest<T>(tops), top = before > tile_top ? before : tile_top;
+      const T origin = top == -INF ? T(0) : top;  // a row that is hidden so far stays at 0, not NaN
+      Vec<T> totals{};
+      T* to = left + int64_t(q) * (WORD_TILE);
+      for (int k = 0; k < keys; k += LANE) {
+        const Vec<T> x = exp2(load(row + k) - origin);
+        totals += x;
+        W::store_row(to + k / W::SIZE, x);
+      }
+      w.top[q] = top;
+      if (key == 0) {
+        w.total[q] = sum<T>(totals);
+      } else {
+        const T fade = exp2(splat(before - origin))[0];
+        w.total[q] = w.total[q] * fade + sum<T>(totals);
+        if (fade != 1)
+          for (int j = 0; j < width; j += LANE) store(w.out + q * width + j, load(w.out + q * width + j) * fade);
+      }
+    }
+  }
+
+  void write_out(const Window& w, int query, int rows) const {
+    for (int q = 0; q < rows; ++q) {
+      const int64_t token = w.token[query + q];
+      if (token < 0) continue;
+      Element* to = static_cast<Element*>(call.out) + p.out_offset(token, head);
+      const T factor = 1 / w.total[q];
+      for (int j = 0; j < p.width; j += LANE) store_part(to + j, load(w.out + q * width + j) * factor, p.width - j);
+      static_cast<T*>(call.lse)[p.row_offset(token, head)] = (w.top[q] + log2_of(w.total[q])) * T(LN_2);
+    }
+  }
+
+  void forward_group(int count) {
+    for (int query = 0; query < tokens; query += query_tile) {
+      const int rows = least(query_tile, tokens - query);
+      for (int key = 0; key < padded; key += key_tile) {
+        const int keys = least(key_tile, padded - key);
+        enter_tile(query, key, rows, keys);
+        for (int i = 0; i < count; ++i) {
+          Window& w = windows[i];
+          if (key == 0)
+            for (int q = 0; q < rows; ++q) w.top[q] = -INF;
+          product<PAIR, false>(rows, keys, Rows{w.q_rows + int64_t(query) * words, words}, w.k_transposed + key, padded,
+                               p.width / W::SIZE, logits, KEY_TILE);
+          if (w.masked) softmax<true>(w, query, key, rows, keys);
+          else softmax<false>(w, query, key, rows, keys);
+          const T* values = w.v_columns + int64_t(key / W::SIZE) * width;
+          if (key == 0) product<PAIR, false>(rows, width, ByKeys{left}, values, width, keys / W::SIZE, w.out, width);
+          else product<PAIR, true>(rows, width, ByKeys{left}, values, width, keys / W::SIZE, w.out, width);
+        }
+      }
+      for (int i = 0; i < count; ++i) write_out(windows[i], query, rows);
+    }
+  }
+
+  // -- backward --
+
+  // From products q·k in `logits` and grad_out·v in `grads`: probabilities and gradients of logits, as words of keys
+  // (`left`, gradients only) and of queries.
+  template <bool MASKED>
+  void softmax_backward(const Window& w, int query, int key, int rows, int keys) {
+    const T factor = scale * T(LOG2_E);
+    for (int q = 0; q < rows; q += W::SIZE) {
+      Vec<T> moments[W::SIZE] = {}, grad_sums[W::SIZE] = {}, means[W::SIZE] = {};
+      for (int k = 0; k < keys; k += LANE) {
+        Vec<T> probability[W::SIZE] = {}, grad[W::SIZE] = {};
+        for (int i = 0; i < W::SIZE; ++i) {
+          if (q + i >= rows) continue;
+          const int64_t row = int64_t(q + i) * KEY_TILE;
+          const T region = MASKED ? w.region[query + q + i] : T(0);
+          const Vec<T> cosine = load(logits + row + k);
+          const Vec<T> x = logit<MASKED>(w, logits + row, bias + row, key, k, factor, region);
+          probability[i] = exp2(x - w.lse[query + q + i]);
+          grad[i] = probability[i] * (load(grads + row + k) - w.delta[query + q + i]);
+          moments[i] += grad[i] * cosine;
+          means[i] += probability[i] * cosine;
+          grad_sums[i] += grad[i];
+          store(bias_grad + row + k, load(bias_grad + row + k) + grad[i]);
+          W::store_row(left + int64_t(q + i) * (WORD_TILE) + k / W::SIZE, grad[i]);
+        }
+        if constexpr (PAIR) {
+          store(pairs + int64_t(q / 2) * KEY_TILE + k, W::join(probability[0], probability[1]));
+          store(grad_pairs + int64_t(q / 2) * KEY_TILE + k, W::join(grad[0], grad[1]));
+        } else {
+          store(pairs + int64_t(q) * KEY_TILE + k, probability[0]);
+        }
+      }
+      for (int i = 0; i < W::SIZE && q + i < rows; ++i) {
+        w.mean[query + q + i] += sum<T>(means[i]);
+        w.grad_sum[query + q + i] += sum<T>(grad_sums[i]);
+        scale_grad += sum<T>(moments[i]);
+      }
+    }
+  }
+
+  // Gradient of x from that of x / length, where length is constant 1 for 0, and constant below the smallest length.
+  void write_unit_grad(const Element* from, Element* to, const T* grad, T inverse) const {
+    const bool free = inverse * T(MIN_LENGTH) < T(0.999999);
+    Vec<T> along{}, squares{};
+    for (int j = 0; j < p.width; j += LANE) {
+      const Vec<T> x = load_part(from + j, p.width - j);
+      along += x * load(grad + j);
+      squares += x * x;
+    }
+    const bool moves = free && sum<T>(squares) != 0;
+    const T factor = moves ? sum<T>(along) * inverse * inverse : T(0);
+    for (int j = 0; j < p.width; j += LANE) {
+      const Vec<T> x = load_part(from + j, p.width - j);
+      store_part(to + j, (load(grad + j) - x * factor) * (scale * inverse), p.width - j);
+    }
+  }
+
+  void write_grads(const Window& w) {
+    const Element* qkv = static_cast<const Element*>(call.qkv);
+    Element* grad = static_cast<Element*>(call.grad_qkv);
+    for (int t = 0; t < tokens; ++t) {
+      if (w.token[t] < 0) continue;
+      const int64_t q = p.qkv_offset(w.token[t], 0, head), k = p.qkv_offset(w.token[t], 1, head);
+      const int64_t v = p.qkv_offset(w.token[t], 2, head), row = int64_t(t) * width;
+      write_unit_grad(qkv + q, grad + q, w.grad_q + row, w.q_inverse[t]);
+      write_unit_grad(qkv + k, grad + k, w.grad_k + row, w.k_inverse[t]);
+      for (int j = 0; j < p.width; j += LANE) store_part(grad + v + j, load(w.grad_v + row + j), p.width - j);
+    }
+  }
+
+  void backward_group(int count) {
+    for (int query = 0; query < tokens; query += query_tile) {
+      const int rows = least(query_tile, tokens - query), steps = (rows + W::SIZE - 1) / W::SIZE;
+      for (int key = 0; key < padded; key += key_tile) {
+        const int keys = least(key_tile, padded - key), real = least(keys, tokens - key);
+        enter_tile(query, key, rows, keys);
+        for (int i = 0; i < count; ++i) {
+          Window& w = windows[i];
+          const int64_t q_row = int64_t(query) * words, q_column = int64_t(query / W::SIZE) * width;
+          product<PAIR, false>(rows, keys, Rows{w.q_rows + q_row, words}, w.k_transposed + key, padded, p.width / W::SIZE,
+                               logits, KEY_TILE);
+          product<PAIR, false>(rows, keys, Rows{w.g_rows + q_row, words}, w.v_transposed + key, padded, p.width / W::SIZE,
+                               grads, KEY_TILE);
+          if (w.masked) softmax_backward<true>(w, query, key, rows, keys);
+          else softmax_backward<false>(w, query, key, rows, keys);
+          product<PAIR, true>(real, width, ByQueries{pairs}, w.g_columns + q_column, width, steps,
+                              w.grad_v + int64_t(key) * width, width);
+          product<PAIR, true>(real, width, ByQueries{PAIR ? grad_pairs : left}, w.q_columns + q_column, width, steps,
+                              w.grad_k + int64_t(key) * width, width);
+          product<PAIR, true>(rows, width, ByKeys{left}, w.k_columns + int64_t(key / W::SIZE) * width, width,
+                              keys / W::SIZE, w.grad_q + int64_t(query) * width, width);
+        }
+      }
+    }
+    for (int i = 0; i < count; ++i) {
+      const Window& w = windows[i];
+      write_grads(w);
+      // Gradients of a row's logits sum to zero, but for the rounding of `out` in delta, which the sum over rows would keep.
+      for (int t = 0; t < tokens; ++t) scale_grad -= double(w.grad_sum[t]) * w.mean[t];
+    }
+  }
+
+  // -- all windows of a chunk --
+
+  void run(int64_t task) {
+    const int64_t chunk = task / p.heads, all = p.batch * p.windows();
+    const int64_t first = all * chunk / call.chunks, last = all * (chunk + 1) / call.chunks;
+    enter_head(int(task % p.heads));
+    for (int64_t number = first; number < last; number += group) {
+      const int count = int(last - number < group ? last - number : group);
+      for (int i = 0; i < count; ++i) enter_window(windows[i], number + i);
+      if (backward) backward_group(count);
+      else forward_group(count);
+    }
+    if (!backward) return;
+    leave_tile();
+    const int64_t offsets = p.offsets();
+    T* to = static_cast<T*>(call.bias_partials) + task * offsets;
+    for (int64_t i = 0; i < offsets; ++i) to[i] = table_grad[offsets - 1 - i];
+    const T log_scale = static_cast<const T*>(call.logit_scale)[head];
+    static_cast<T*>(call.scale_partials)[task] = log_scale > T(MAX_LOGIT_SCALE) ? T(0) : T(scale_grad * scale);
+  }
+};
+
+template <class Element, class T, bool PAIR>
+constexpr Kernel kernel = {
+    [](const Problem& p) { return Task<Element, T, PAIR>::scratch_bytes(p); },
+    [](const Call& call, int64_t task, void* scratch) { Task<Element, T, PAIR>(call, false, scratch).run(task); },
+    [](const Call& call, int64_t task, void* scratch) { Task<Element, T, PAIR>(call, true, scratch).run(task); },
+};
+
+#if defined(__AVX512BF16__)
+constexpr bool PAIRS = true;
+#else
+constexpr bool PAIRS = false;
+#endif
+
+}  // namespace
+
+extern const InstructionSet INSTRUCTION_SET = {
+    NAME(INSTRUCTION_SET),
+    kernel<float, float, false>,
+    kernel<BFloat16, float, PAIRS>,
+    kernel<Float16, float, false>,
+    kernel<double, double, false>,
+};
+
+}  // namespace cosine_window_attention
