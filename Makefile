@@ -38,13 +38,17 @@ lint: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-$(VENV)/.demo: setup.py pyproject.toml
+# PyTorch comes first: the kernels are compiled against it while the package is installed, again when they change.
+$(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q 'torch>=2.10'
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.torch setup.py pyproject.toml $(wildcard kernels/*.*)
 	$(BIN)/python -m pip install -q -e '.[demo]'
 	@touch $@
 
-$(VENV)/.test: setup.py pyproject.toml
-	$(PYTHON) -m venv $(VENV)
+$(VENV)/.test: $(VENV)/.torch setup.py pyproject.toml $(wildcard kernels/*.*)
 	$(BIN)/python -m pip install -q -e '.[demo,test]'
 	@touch $@
 

@@ -50,11 +50,6 @@ struct Tiles {
   // Blocks that a multiprocessor shall hold at least, which bounds registers from above; chosen so that nothing spills on any
   // architecture (tests/numerics/test_cuda_build.py). Left alone, the compiler spills a few words to fit one block more.
   static constexpr int blocks = row_bytes <= 64 ? 4 : 1;
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-  static constexpr int backward_queries_blocks = blocks;
-#else
-  static constexpr int backward_queries_blocks = Width == 128 ? 3 : blocks;
-#endif
 };
 
 constexpr int aligned(int bytes) { return (bytes + 15) / 16 * 16; }
@@ -283,7 +278,7 @@ __device__ __forceinline__ void multiply_transposed(float (&result)[N][4], const
   } else {
     a += lane % 16 * stride + lane / 16 * 8;
     b += (lane / 16 * 8 + lane % 8) * stride + lane / 8 % 2 * 8;  // [matrix rows]
-#pragma unroll
+#pragma unroll 2  // all of it makes the compiler load fragments so early that they spill at width 128
     for (int k = 0; k < Width; k += 16) {
       uint32_t from_a[4], from_b[4];
       gpu::load_matrices(from_a, a + k);
@@ -518,7 +513,7 @@ __device__ __forceinline__ void add_to_table(const Problem& p, float* table, con
 // Rows are queries. A block takes every `slots`-th part of the map, always the same ones in the same order, and leaves its sum
 // for table and scale in its own row of `partials`.
 template <typename T, int Width>
-__global__ void __launch_bounds__(Tiles<T, Width>::threads, Tiles<T, Width>::backward_queries_blocks)
+__global__ void __launch_bounds__(Tiles<T, Width>::threads, Tiles<T, Width>::blocks)
     backward_queries_kernel(const Problem p, const T* grad_out, const T* qkv, const float* logit_scale, const float* bias_table,
                             const bool stage_bias, const bool stage_gradient, const T* out, const float* lse, float* delta,
                             T* grad_qkv, float* partials, const int64_t items, const int slots) {

@@ -6,6 +6,7 @@ Scaled cosine similarity and the position bias follow Swin Transformer V2 (https
 and the constants of its released code. Shape letters: B images, M windows, N tokens of a window, H heads, D head width.
 """
 
+import logging
 import math
 from collections.abc import Sequence
 
@@ -13,7 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from swinv2_scale.ops import windows
+from swinv2_scale.ops import native, windows
+
+log = logging.getLogger(__name__)
 
 # The largest logit scale, log 100 rounded to float32 as in the released code, which shows in float64 comparisons.
 # A Python float: a tensor would live on one device (a known defect of public implementations).
@@ -21,7 +24,8 @@ MAX_LOGIT_SCALE = 4.605170249938965
 # Sequential form: as many windows at a time as keep their logits within this many bytes.
 SEQUENTIAL_BYTES = 64 * 2**20
 
-IMPLEMENTATIONS = ("auto", "reference", "sequential")
+IMPLEMENTATIONS = ("auto", "reference", "sequential", "cpu", "cuda")
+_said: set[str] = set()  # what was chosen, and why, is logged once
 
 
 def cosine_window_attention(
@@ -45,11 +49,20 @@ def cosine_window_attention(
                  (not strict once the scale exceeds about 33), or -inf
     implementation  "reference": all windows at once. "sequential": a chunk of windows at a time, each recomputed in
                  backward, so that only one chunk's logits exist (the sequential self-attention of the paper,
-                 section 3.4). "auto": the fastest that applies, which is the reference so long as no kernel is built.
-    Returns (B, *grid, H·D) in qkv's type. Differentiable in qkv, logit_scale and bias_table.
-    Raises ValueError for shapes, windows or names that do not fit.
+                 section 3.4). "cpu", "cuda": the native kernel, which keeps nothing of the size of the logits.
+                 "auto": the kernel of qkv's device where it applies, else the reference.
+    Returns (B, *grid, H·D) in qkv's type, which the kernels take from autocast where it is on.
+    Differentiable in qkv, logit_scale and bias_table.
+    Raises ValueError for shapes, windows or names that do not fit, and for a kernel by name that does not apply.
     """
     batch, *grid, _, heads, width = _checked(qkv, logit_scale, bias_table, window, shift, implementation)
+    if implementation == "auto":
+        implementation = _choose(qkv, logit_scale, bias_table, window)
+    if implementation in ("cpu", "cuda"):
+        if (reason := native.unfit(implementation, qkv, logit_scale, bias_table, window)) is not None:
+            raise ValueError(f"implementation {implementation!r} does not apply: {reason}; 'auto' or 'reference' do")
+        return native.cosine_window_attention(qkv, logit_scale, bias_table, window, shift, mask_value)
+
     x = windows.partition(qkv.flatten(-3), window, shift)
     x_BMNthd = x.unflatten(-1, (3, heads, width))
     index = windows.relative_index(window, qkv.device)
@@ -75,6 +88,23 @@ def cosine_window_attention(
     else:
         out = attend(x_BMNthd, region_MN, absent_MN)
     return windows.merge(out, grid, window, shift)
+
+
+def _choose(qkv: Tensor, logit_scale: Tensor, bias_table: Tensor, window: Sequence[int]) -> str:
+    """The kernel of qkv's device or the reference, said once. float64 is for exactness: it goes to the reference."""
+    device = qkv.device.type
+    if device not in ("cpu", "cuda"):
+        reason: str | None = f"there is no kernel for {device}"
+    elif qkv.dtype == torch.float64:
+        reason = "qkv is float64"
+    else:
+        reason = native.unfit(device, qkv, logit_scale, bias_table, window)
+    if not torch.compiler.is_compiling():
+        message = f"{device} kernel" if reason is None else f"reference on {device}: {reason}"
+        if message not in _said:
+            _said.add(message)
+            log.info("cosine window attention: %s", message)
+    return device if reason is None else "reference"
 
 
 def _attend(x_BMNthd: Tensor, logit_scale: Tensor, bias_HNN: Tensor, mask_MNN: Tensor | None) -> Tensor:
