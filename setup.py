@@ -29,6 +29,7 @@ AVX512 = ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", 
 INSTRUCTION_SETS = {"portable": []}  # of which the processor's best is chosen at run time; options of GCC and Clang
 if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS |= {"avx2": AVX512[:3], "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]}
+    INSTRUCTION_SETS["amx_bf16"] = [*INSTRUCTION_SETS["avx512_bf16"], "-mamx-tile", "-mamx-bf16"]
 GPU_ARCHITECTURES = (75, 80, 90, 100)  # the last as PTX too, for what comes after
 
 

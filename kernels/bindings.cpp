@@ -5,6 +5,11 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -33,7 +38,13 @@ const std::vector<const InstructionSet*>& available() {
                             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     if (has_avx2) found.push_back(&avx2);
     if (has_avx512) found.push_back(&avx512);
-    if (has_avx512 && __builtin_cpu_supports("avx512bf16")) found.push_back(&avx512_bf16);
+    const bool has_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
+    if (has_bf16) found.push_back(&avx512_bf16);
+#if defined(__linux__)
+    constexpr int REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;  // of arch_prctl: the system gives tiles to those who ask
+    if (has_bf16 && __builtin_cpu_supports("amx-bf16") && syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0)
+      found.push_back(&amx_bf16);
+#endif
 #endif
     return found;
   }();

@@ -4,12 +4,14 @@
 //
 // Words. Matrix products run on words of 32 bits: one float32, or two bfloat16 that lie next to each other along the
 // contracted dimension, where the processor has their dot product (PAIR). A product reads
-//     a  rows        (rows, contraction words), any strides, one word at a time
-//     b  contraction (contraction words, columns), a vector of columns at a time
-// so that a matrix x (tokens, D) is kept in up to three forms:
+//     a  (rows, contraction words)
+//     b  (contraction words, columns)
+// which is what vector instructions want (a word of a times a vector of b) and what AMX tiles are made of. So a matrix
+// x (tokens, D) is kept in up to four forms:
 //     rows        (token, word of D)          a, contracted over D
 //     transposed  (word of D, token)          b, contracted over D
 //     columns     (word of tokens, D)         b, contracted over tokens; the same as rows unless words are pairs
+//     across      (D, word of tokens)         a, contracted over tokens; the same as transposed unless words are pairs
 //
 // A task is one head of a chunk of windows. It takes a few windows at a time, for each pair of a query tile and a key
 // tile, so that the tile's bias is laid out once for all of them. Logits are in units of log 2.
@@ -69,6 +71,8 @@ struct Float16 {
 };
 
 constexpr float INF = __builtin_inff();
+constexpr float LEAST = -3e38f;
+constexpr float BOUNDED_RANGE = 100;  // 2^-100 is far from the smallest number, products with it too
 constexpr double LOG2_E = 1.4426950408889634, LN_2 = 0.6931471805599453;
 
 INLINE int least(int a, int b) { return a < b ? a : b; }
@@ -275,31 +279,88 @@ struct Words<float, true> {
 
 // -- matrix product --------------------------------------------------------------------------------------------------------
 
-// Words of the left matrix. Strides that the compiler knows become displacements; a row stride of 0 is known at run time.
-template <class T, int ROW, int STEP>
-struct Left {
-  const T* at;
-  int row_stride = ROW;
-  static constexpr int step = STEP;
-  INLINE T word(int row) const { return at[row * int64_t(ROW ? ROW : row_stride)]; }
-  INLINE Left below(int rows) const { return {at + rows * int64_t(ROW ? ROW : row_stride), row_stride}; }
+#if defined(__AMX_BF16__)
+// Tiles are 16 rows of 16 words. Registers 0 to 3 hold c, 4 and 5 a, 6 and 7 b.
+struct Tiles {  // while one lives, its thread can use tiles
+  Tiles() {
+    struct {
+      uint8_t palette = 1, start_row = 0, reserved[14] = {};
+      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    } shape;
+    _tile_loadconfig(&shape);
+  }
+  ~Tiles() { _tile_release(); }
 };
 
+template <int ROWS, int COLUMNS, bool ADD>
+INLINE void tile_block(const float* a, int64_t a_row, const float* b, int64_t b_row, int steps, float* c, int64_t c_row) {
+  const int64_t a_bytes = a_row * 4, b_bytes = b_row * 4, c_bytes = c_row * 4;
+  if (ADD) {
+    _tile_loadd(0, c, c_bytes);
+    if (COLUMNS > 1) _tile_loadd(1, c + 16, c_bytes);
+    if (ROWS > 1) _tile_loadd(2, c + 16 * c_row, c_bytes);
+    if (ROWS > 1 && COLUMNS > 1) _tile_loadd(3, c + 16 * c_row + 16, c_bytes);
+  } else {
+    _tile_zero(0);
+    if (COLUMNS > 1) _tile_zero(1);
+    if (ROWS > 1) _tile_zero(2);
+    if (ROWS > 1 && COLUMNS > 1) _tile_zero(3);
+  }
+  for (int k = 0; k < steps; k += 16) {
+    _tile_loadd(4, a + k, a_bytes);
+    _tile_loadd(6, b + k * b_row, b_bytes);
+    _tile_dpbf16ps(0, 4, 6);
+    if (COLUMNS > 1) {
+      _tile_loadd(7, b + k * b_row + 16, b_bytes);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+    if (ROWS > 1) {
+      _tile_loadd(5, a + 16 * a_row + k, a_bytes);
+      _tile_dpbf16ps(2, 5, 6);
+      if (COLUMNS > 1) _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  _tile_stored(0, c, c_bytes);
+  if (COLUMNS > 1) _tile_stored(1, c + 16, c_bytes);
+  if (ROWS > 1) _tile_stored(2, c + 16 * c_row, c_bytes);
+  if (ROWS > 1 && COLUMNS > 1) _tile_stored(3, c + 16 * c_row + 16, c_bytes);
+}
+
+// All dimensions are completed to 16: what is too much is read and written, but has no effect on the rest.
+template <bool ADD>
+void tile_product(int rows, int columns, const float* a, int64_t a_row, const float* b, int64_t b_row, int steps, float* c,
+                  int64_t c_row) {
+  for (int j = 0; j < columns; j += 32)
+    for (int i = 0; i < rows; i += 32) {
+      const float *left = a + i * a_row, *right = b + j;
+      float* to = c + i * c_row + j;
+      const bool wide = columns - j > 16;
+      if (rows - i > 16) {
+        if (wide) tile_block<2, 2, ADD>(left, a_row, right, b_row, steps, to, c_row);
+        else tile_block<2, 1, ADD>(left, a_row, right, b_row, steps, to, c_row);
+      } else {
+        if (wide) tile_block<1, 2, ADD>(left, a_row, right, b_row, steps, to, c_row);
+        else tile_block<1, 1, ADD>(left, a_row, right, b_row, steps, to, c_row);
+      }
+    }
+}
+#endif
+
 // c (ROWS, COLUMNS vectors) = [c +] a · b, in registers.
-template <class T, bool PAIR, int ROWS, int COLUMNS, bool ADD, class A>
-__attribute__((noinline)) void block(A a, const T* b, int64_t b_step, int steps, T* c, int64_t c_row) {
+template <class T, bool PAIR, int ROWS, int COLUMNS, bool ADD>
+__attribute__((noinline)) void block(const T* a, int64_t a_row, const T* b, int64_t b_row, int steps, T* c, int64_t c_row) {
   Vec<T> total[ROWS][COLUMNS] = {};
-  for (int k = 0; k < steps; ++k, b += b_step) {
+  for (int k = 0; k < steps; ++k, b += b_row) {
     Vec<T> right[COLUMNS];
 #pragma GCC unroll 4
     for (int j = 0; j < COLUMNS; ++j) right[j] = load(b + j * LANES<T>);
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; ++r) {
-      const Vec<T> left = splat(a.word(r));
+      const Vec<T> left = splat(a[r * a_row + k]);
 #pragma GCC unroll 4
       for (int j = 0; j < COLUMNS; ++j) total[r][j] = Words<T, PAIR>::multiply_add(left, right[j], total[r][j]);
     }
-    a.at += A::step;
   }
 #pragma GCC unroll 16
   for (int r = 0; r < ROWS; ++r)
@@ -310,29 +371,32 @@ __attribute__((noinline)) void block(A a, const T* b, int64_t b_step, int steps,
     }
 }
 
-template <class T, bool PAIR, int ROWS, int COLUMNS, bool ADD, class A>
-INLINE void block_rows(int rows, A a, const T* b, int64_t b_step, int steps, T* c, int64_t c_row) {
-  for (; rows >= ROWS; rows -= ROWS, a = a.below(ROWS), c += ROWS * c_row)
-    block<T, PAIR, ROWS, COLUMNS, ADD>(a, b, b_step, steps, c, c_row);
+template <class T, bool PAIR, int ROWS, int COLUMNS, bool ADD>
+INLINE void block_rows(int rows, const T* a, int64_t a_row, const T* b, int64_t b_row, int steps, T* c, int64_t c_row) {
+  for (; rows >= ROWS; rows -= ROWS, a += ROWS * a_row, c += ROWS * c_row)
+    block<T, PAIR, ROWS, COLUMNS, ADD>(a, a_row, b, b_row, steps, c, c_row);
   if constexpr (ROWS > 1) {
     constexpr int fewer = ROWS > 8 ? 8 : ROWS > 4 ? 4 : ROWS / 2;
-    if (rows) block_rows<T, PAIR, fewer, COLUMNS, ADD>(rows, a, b, b_step, steps, c, c_row);
+    if (rows) block_rows<T, PAIR, fewer, COLUMNS, ADD>(rows, a, a_row, b, b_row, steps, c, c_row);
   }
 }
 
 // c (rows, columns) = [c +] a · b; columns are a multiple of the vector.
-template <bool PAIR, bool ADD, class T, class A>
-void product(int rows, int columns, A a, const T* b, int64_t b_step, int steps, T* c, int64_t c_row) {
+template <bool PAIR, bool ADD, class T>
+void product(int rows, int columns, const T* a, int64_t a_row, const T* b, int64_t b_row, int steps, T* c, int64_t c_row) {
   constexpr int lanes = LANES<T>;
   constexpr bool many = REGISTERS == 32;
+#if defined(__AMX_BF16__)
+  if constexpr (PAIR) return tile_product<ADD>(rows, columns, a, a_row, b, b_row, steps, c, c_row);
+#endif
   int j = 0;
   if constexpr (many)
     for (; j + 4 * lanes <= columns; j += 4 * lanes)
-      block_rows<T, PAIR, 6, 4, ADD>(rows, a, b + j, b_step, steps, c + j, c_row);
+      block_rows<T, PAIR, 6, 4, ADD>(rows, a, a_row, b + j, b_row, steps, c + j, c_row);
   for (; j + 2 * lanes <= columns; j += 2 * lanes)
-    block_rows<T, PAIR, many ? 12 : 6, 2, ADD>(rows, a, b + j, b_step, steps, c + j, c_row);
+    block_rows<T, PAIR, many ? 12 : 6, 2, ADD>(rows, a, a_row, b + j, b_row, steps, c + j, c_row);
   for (; j < columns; j += lanes)
-    block_rows<T, PAIR, many ? 12 : 8, 1, ADD>(rows, a, b + j, b_step, steps, c + j, c_row);
+    block_rows<T, PAIR, many ? 12 : 8, 1, ADD>(rows, a, a_row, b + j, b_row, steps, c + j, c_row);
 }
 
 // (LANES, LANES) words: log2 steps, each exchanging halves of blocks.
@@ -381,15 +445,18 @@ struct Task {
   using W = Words<T, PAIR>;
   static constexpr int LANE = LANES<T>;
   static constexpr int WORD_TILE = KEY_TILE / W::SIZE;  // words of keys in a row of `left`
-  using Rows = Left<T, 0, 1>;
-  using ByKeys = Left<T, WORD_TILE, 1>;
-  using ByQueries = Left<T, 1, KEY_TILE>;
+#if defined(__AMX_BF16__)
+  static constexpr int GRAIN = PAIR ? 32 : LANE;  // of tokens in products
+#else
+  static constexpr int GRAIN = LANE;
+#endif
 
   struct Window {  // one head of one window
-    T *q_rows, *q_columns, *k_rows, *k_columns, *k_transposed, *v_columns, *v_transposed, *g_rows, *g_columns;
-    T *grad_q, *grad_k, *grad_v;    // with respect to unit q and k
+    T *q_rows, *q_columns, *q_across, *k_rows, *k_columns, *k_transposed, *v_columns, *v_transposed;
+    T *g_rows, *g_columns, *g_across;  // of grad_out
+    T *grad_q, *grad_k, *grad_v;       // with respect to unit q and k; (token, D), (D, token), (D, token)
     T *q_inverse, *k_inverse;       // 1 / length
-    T *top, *total, *out;           // forward: running maximum and sum of the query tile, and its rows of out
+    T *origin, *total, *out;        // forward: of the query tile, what logits are relative to, sums (by lane), rows of out
     T *lse, *delta;                 // backward: log-sum-exp in units of log 2, and Σ grad_out · out
     T *grad_sum, *mean;             // of each query, over keys: Σ gradient of logits, Σ probability · cosine
     T *region, *hidden;             // of each key: its region, and -inf if it is absent
@@ -400,7 +467,8 @@ struct Task {
   const Call& call;
   const Problem& p;
   const bool backward;
-  const int tokens, padded;         // tokens of a window; the same rounded up to whole vectors
+  const int tokens, padded;         // tokens of a window; the same rounded up for products
+  const int token_words;            // words of tokens, in whole vectors
   const int width, words;           // D in whole vectors; words of a row, in whole vectors
   const int query_tile, key_tile;
   const int group;
@@ -408,16 +476,20 @@ struct Task {
   T *table, *table_grad;            // of one head, reversed along every axis, in units of log 2
   T *bias, *bias_grad;              // (query tile, key tile)
   T *logits, *grads;                // (query tile, key tile)
+  T *grad_k_rows, *grad_v_rows;     // of a window that is done, (token, D)
   T *left, *pairs, *grad_pairs;     // probabilities and gradients of logits as words
   Run* runs;
   int run_count, tile_query, tile_key, tile_rows, tile_keys;
   int head;
   T scale;
+  bool bounded;                     // logits lie so close together that all can be relative to their bound
+  T bound;                          // 0 if not bounded; is subtracted from the table
   double scale_grad;
   Window windows[GROUP];
 
-  static INLINE int pick_group(const Problem& p) {
-    const int64_t bytes = int64_t(p.tokens()) * p.width * 12 * sizeof(T);
+  INLINE int pick_group() const {
+    const int forms = backward ? 9 : 3;  // in words; beside those in T
+    const int64_t bytes = int64_t(padded) * (forms * words + (backward ? 5 : 1) * width) * int64_t(sizeof(T));
     return most(1, least(GROUP, int(GROUP_BYTES / (bytes > GROUP_BYTES ? GROUP_BYTES : bytes))));
   }
 
@@ -429,10 +501,11 @@ struct Task {
   }
 
   Task(const Call& call, bool backward, void* scratch)
-      : call(call), p(call.problem), backward(backward), tokens(p.tokens()), padded(up_to(tokens, LANE)),
-        width(up_to(p.width, LANE)), words(up_to(p.width / W::SIZE, LANE)), query_tile(least(up_to(tokens, 2), QUERY_TILE)),
-        key_tile(least(padded, KEY_TILE)), group(pick_group(p)), next(static_cast<char*>(scratch)) {
-    const int64_t tile = int64_t(query_tile) * KEY_TILE, rows = up_to(tokens, LANE);
+      : call(call), p(call.problem), backward(backward), tokens(p.tokens()), padded(up_to(tokens, GRAIN)),
+        token_words(up_to(padded / W::SIZE, LANE)), width(up_to(p.width, LANE)), words(up_to(p.width / W::SIZE, LANE)),
+        query_tile(least(padded, QUERY_TILE)),
+        key_tile(least(padded, KEY_TILE)), group(pick_group()), next(static_cast<char*>(scratch)) {
+    const int64_t tile = int64_t(query_tile) * KEY_TILE, rows = padded, columns = int64_t(token_words) * width;
     table = take<T>(p.offsets() + 2 * LANE);
     table_grad = take<T>(backward ? p.offsets() : 0);
     bias = take<T>(tile + LANE);
@@ -443,6 +516,8 @@ struct Task {
     pairs = take<T>(tile);
     grad_pairs = take<T>(tile);
     runs = take<Run>(key_tile + 1);
+    grad_k_rows = take<T>(backward ? rows * width : 0);
+    grad_v_rows = take<T>(backward ? rows * width : 0);
     for (int i = 0; i < group; ++i) {
       Window& w = windows[i];
       w.token = take<int64_t>(rows);
@@ -457,19 +532,21 @@ struct Task {
       w.q_rows = take<T>(rows * words);
       w.k_rows = take<T>(rows * words);
       w.k_transposed = take<T>(rows * words);
-      w.v_columns = take<T>(most(rows * width, rows * words));  // holds the rows of v too, before they are transposed
+      w.v_columns = take<T>(most(rows * width, rows * words));  // holds the rows of v before they are transposed, too
       if (backward) {
         w.v_transposed = take<T>(rows * words);
         w.g_rows = take<T>(rows * words);
-        w.q_columns = PAIR ? take<T>(rows * width / W::SIZE) : w.q_rows;
-        w.k_columns = PAIR ? take<T>(rows * width / W::SIZE) : w.k_rows;
-        w.g_columns = PAIR ? take<T>(rows * width / W::SIZE) : w.g_rows;
+        w.q_columns = PAIR ? take<T>(columns) : w.q_rows;
+        w.k_columns = PAIR ? take<T>(columns) : w.k_rows;
+        w.g_columns = PAIR ? take<T>(columns) : w.g_rows;
+        w.q_across = take<T>(columns);
+        w.g_across = take<T>(columns);
         w.grad_q = take<T>(rows * width);
         w.grad_k = take<T>(rows * width);
         w.grad_v = take<T>(rows * width);
       } else {
-        w.top = take<T>(query_tile);
-        w.total = take<T>(query_tile);
+        w.origin = take<T>(query_tile);
+        w.total = take<T>(query_tile * LANE);
         w.out = take<T>(int64_t(query_tile) * width);
       }
     }
@@ -487,11 +564,17 @@ struct Task {
     head = number;
     const int64_t offsets = p.offsets();
     const T* from = static_cast<const T*>(call.bias_table) + head * offsets;
-    for (int64_t i = 0; i < offsets; ++i) table[i] = from[offsets - 1 - i] * T(LOG2_E);
     if (backward) memset(table_grad, 0, offsets * sizeof(T));
     const T limit = T(MAX_LOGIT_SCALE), log_scale = static_cast<const T*>(call.logit_scale)[head];
     scale = T(__builtin_exp(double(log_scale > limit ? limit : log_scale)));
     scale_grad = 0;
+    T low = from[0], high = from[0];
+    for (int64_t i = 0; i < offsets; ++i) low = from[i] < low ? from[i] : low, high = from[i] > high ? from[i] : high;
+    const T mask = p.mask_value > 0 ? T(p.mask_value) : T(0);
+    // In the smallest windows the true maximum costs little, and keeps a probability of 1 exact.
+    bounded = tokens >= 16 && (2 * scale + high - low + mask) * T(LOG2_E) < BOUNDED_RANGE;
+    bound = bounded ? (scale + high + mask) * T(LOG2_E) : T(0);
+    for (int64_t i = 0; i < offsets; ++i) table[i] = from[offsets - 1 - i] * T(LOG2_E) - bound;
     tile_query = tile_key = -1;
   }
 
@@ -541,49 +624,73 @@ struct Task {
 
   // -- gathering --
 
+  template <class X>
+  INLINE void prefetch(const void* base, int64_t offset) const {
+    const char* at = reinterpret_cast<const char*>(static_cast<const X*>(base) + offset);
+    for (int64_t i = 0; i < p.width * int64_t(sizeof(X)); i += 64) __builtin_prefetch(at + i, 0, 2);
+  }
+
   // Rows of unit length (or as they are, if inverse is null) as words: `rows`, and `columns` when it is another form.
-  INLINE void gather(const Element* base, int64_t token_size, int64_t offset, const Window& w, T* inverse, T* rows,
-                     T* columns) {
+  void gather(const Element* base, int64_t token_size, int64_t offset, const Window& w, T* inverse, T* rows, T* columns) {
+    constexpr int usual = 32 / LANE;  // a head width that the compiler shall know
+    if (width == usual * LANE) gather_vectors(usual, base, token_size, offset, w, inverse, rows, columns);
+    else gather_vectors(width / LANE, base, token_size, offset, w, inverse, rows, columns);
+  }
+  INLINE void gather_vectors(const int vectors, const Element* base, int64_t token_size, int64_t offset, const Window& w,
+                             T* inverse, T* rows, T* columns) {
     for (int t = 0; t < tokens; t += W::SIZE) {
       Vec<T> x[W::SIZE][MAX_WIDTH / LANE];
       for (int i = 0; i < W::SIZE; ++i) {
         const int64_t token = t + i < tokens ? w.token[t + i] : -1;
         if (token < 0) {
-          for (int j = 0; j < width / LANE; ++j) x[i][j] = Vec<T>{};
+          for (int j = 0; j < vectors; ++j) x[i][j] = Vec<T>{};
           if (inverse && t + i < tokens) inverse[t + i] = 1;
         } else {
           const Element* from = base + token * token_size + offset;
           Vec<T> squares{};
-          for (int j = 0; j < width / LANE; ++j) {
+          for (int j = 0; j < vectors; ++j) {
             x[i][j] = load_part(from + j * LANE, p.width - j * LANE);
             squares += x[i][j] * x[i][j];
           }
           if (inverse) {
             const T length = root(sum<T>(squares));
             inverse[t + i] = 1 / (length == 0 ? T(1) : length < T(MIN_LENGTH) ? T(MIN_LENGTH) : length);
-            for (int j = 0; j < width / LANE; ++j) x[i][j] *= inverse[t + i];
+            for (int j = 0; j < vectors; ++j) x[i][j] *= inverse[t + i];
           }
         }
         if (rows)
-          for (int j = 0; j < width / LANE; ++j) W::store_row(rows + int64_t(t + i) * words + j * LANE / W::SIZE, x[i][j]);
+          for (int j = 0; j < vectors; ++j) W::store_row(rows + int64_t(t + i) * words + j * LANE / W::SIZE, x[i][j]);
       }
       if constexpr (PAIR)
         if (columns)
-          for (int j = 0; j < width / LANE; ++j)
-            store(columns + int64_t(t / 2) * width + j * LANE, W::join(x[0][j], x[1][j]));
+          for (int j = 0; j < vectors; ++j)
+            store(columns + int64_t(t / 2) * vectors * LANE + j * LANE, W::join(x[0][j], x[1][j]));
     }
   }
 
-  void enter_window(Window& w, int64_t number) {
+  // Where the window's tokens lie. Their rows are asked for before they are read: they are far apart in memory.
+  void place_window(Window& w, int64_t number) {
     const int64_t image = number / p.windows();
     const Place place = p.window_place(number % p.windows());
     w.masked = p.crosses_regions(place) || p.has_absent(place);
-    for (int t = 0; t < tokens; ++t) {
-      const Place at = p.token_place(t);
-      w.token[t] = p.token_index(image, place, at);
-      w.region[t] = T(p.region(place, at));
-      w.hidden[t] = w.token[t] < 0 ? -INF : T(0);
-    }
+    int t = 0;
+    Place at;
+    for (at.at[0] = 0; at.at[0] < p.window[0]; ++at.at[0])
+      for (at.at[1] = 0; at.at[1] < p.window[1]; ++at.at[1])
+        for (at.at[2] = 0; at.at[2] < p.window[2]; ++at.at[2], ++t) {
+          w.token[t] = p.token_index(image, place, at);
+          if (w.token[t] >= 0) {
+            for (int part = 0; part < 3; ++part) prefetch<Element>(call.qkv, p.qkv_offset(w.token[t], part, head));
+            if (backward) prefetch<Element>(call.grad_out, p.out_offset(w.token[t], head));
+            if (backward) prefetch<Element>(call.out, p.out_offset(w.token[t], head));
+          }
+          if (!w.masked) continue;
+          w.region[t] = T(p.region(place, at));
+          w.hidden[t] = w.token[t] < 0 ? -INF : T(0);
+        }
+  }
+
+  void enter_window(Window& w) {
     const Element* qkv = static_cast<const Element*>(call.qkv);
     const int64_t size = 3 * int64_t(p.heads) * p.width, part = int64_t(p.heads) * p.width, first = int64_t(head) * p.width;
     gather(qkv, size, first, w, w.q_inverse, w.q_rows, backward ? w.q_columns : nullptr);
@@ -596,10 +703,12 @@ struct Task {
       transpose(padded, words, w.v_columns, w.v_transposed);
       const Element *grad = static_cast<const Element*>(call.grad_out), *out = static_cast<const Element*>(call.out);
       gather(grad, part, first, w, nullptr, w.g_rows, w.g_columns);
+      transpose(token_words, width, w.q_columns, w.q_across);
+      transpose(token_words, width, w.g_columns, w.g_across);
       for (int t = 0; t < tokens; ++t) {
         w.lse[t] = INF, w.delta[t] = w.grad_sum[t] = w.mean[t] = 0;  // an absent query has no probabilities
         if (w.token[t] < 0) continue;
-        w.lse[t] = static_cast<const T*>(call.lse)[p.row_offset(w.token[t], head)] * T(LOG2_E);
+        w.lse[t] = static_cast<const T*>(call.lse)[p.row_offset(w.token[t], head)] * T(LOG2_E) - bound;
         Vec<T> total{};
         const int64_t row = p.out_offset(w.token[t], head);
         for (int j = 0; j < p.width; j += LANE)
@@ -624,38 +733,45 @@ struct Task {
     return x;
   }
 
-  // Probabilities of a tile up to the factor that the running maximum and sum keep, as words of keys in `left`.
+  // Online softmax, where logits are not bounded: the largest logit of each row so far is its origin.
   template <bool MASKED>
-  void softmax(const Window& w, int query, int key, int rows, int keys) {
+  void raise_origins(const Window& w, int query, int key, int rows, int keys) {
     const T factor = scale * T(LOG2_E);
     for (int q = 0; q < rows; ++q) {
-      T* row = logits + int64_t(q) * KEY_TILE;
-      const T* bias_row = bias + int64_t(q) * KEY_TILE;
       const T region = MASKED ? w.region[query + q] : T(0);
       Vec<T> tops = splat(T(-INF));
       for (int k = 0; k < keys; k += LANE) {
-        const Vec<T> x = logit<MASKED>(w, row, bias_row, key, k, factor, region);
-        store(row + k, x);
+        const Vec<T> x = logit<MASKED>(w, logits + int64_t(q) * KEY_TILE, bias + int64_t(q) * KEY_TILE, key, k, factor, region);
         tops = x > tops ? x : tops;
       }
-      const T before = w.top[q], tile_top = largest<T>(tops), top = before > tile_top ? before : tile_top;
-      const T origin = top == -INF ? T(0) : top;  // a row that is hidden so far stays at 0, not NaN
-      Vec<T> totals{};
-      T* to = left + int64_t(q) * (WORD_TILE);
+      const T before = w.origin[q], top = largest<T>(tops);
+      if (!(top > before) && key > 0) continue;
+      w.origin[q] = top == -INF ? T(LEAST) : top;  // a row that is hidden so far must not give NaN
+      if (key == 0) continue;
+      const Vec<T> fade = exp2(splat(before - w.origin[q]));
+      store(w.total + q * LANE, load(w.total + q * LANE) * fade);
+      for (int j = 0; j < width; j += LANE) store(w.out + q * width + j, load(w.out + q * width + j) * fade);
+    }
+  }
+
+  // Probabilities of a tile, up to the factor that a row's sum and origin keep, as words of keys in `left`.
+  template <bool MASKED, bool BOUNDED>
+  void softmax(const Window& w, int query, int key, int rows, int keys) {
+    if (!BOUNDED) raise_origins<MASKED>(w, query, key, rows, keys);
+    const T factor = scale * T(LOG2_E);
+    for (int q = 0; q < rows; ++q) {
+      const T *row = logits + int64_t(q) * KEY_TILE, *bias_row = bias + int64_t(q) * KEY_TILE;
+      const T region = MASKED ? w.region[query + q] : T(0);
+      T* to = left + int64_t(q) * WORD_TILE;
+      Vec<T> total = key == 0 ? Vec<T>{} : load(w.total + q * LANE);
       for (int k = 0; k < keys; k += LANE) {
-        const Vec<T> x = exp2(load(row + k) - origin);
-        totals += x;
+        Vec<T> x = logit<MASKED>(w, row, bias_row, key, k, factor, region);
+        if (!BOUNDED) x -= w.origin[q];
+        x = exp2(x);
+        total += x;
         W::store_row(to + k / W::SIZE, x);
       }
-      w.top[q] = top;
-      if (key == 0) {
-        w.total[q] = sum<T>(totals);
-      } else {
-        const T fade = exp2(splat(before - origin))[0];
-        w.total[q] = w.total[q] * fade + sum<T>(totals);
-        if (fade != 1)
-          for (int j = 0; j < width; j += LANE) store(w.out + q * width + j, load(w.out + q * width + j) * fade);
-      }
+      store(w.total + q * LANE, total);
     }
   }
 
@@ -664,9 +780,9 @@ struct Task {
       const int64_t token = w.token[query + q];
       if (token < 0) continue;
       Element* to = static_cast<Element*>(call.out) + p.out_offset(token, head);
-      const T factor = 1 / w.total[q];
+      const T total = sum<T>(load(w.total + q * LANE)), factor = 1 / total;
       for (int j = 0; j < p.width; j += LANE) store_part(to + j, load(w.out + q * width + j) * factor, p.width - j);
-      static_cast<T*>(call.lse)[p.row_offset(token, head)] = (w.top[q] + log2_of(w.total[q])) * T(LN_2);
+      static_cast<T*>(call.lse)[p.row_offset(token, head)] = (bound + (bounded ? T(0) : w.origin[q]) + log2_of(total)) * T(LN_2);
     }
   }
 
@@ -678,15 +794,15 @@ struct Task {
         enter_tile(query, key, rows, keys);
         for (int i = 0; i < count; ++i) {
           Window& w = windows[i];
-          if (key == 0)
-            for (int q = 0; q < rows; ++q) w.top[q] = -INF;
-          product<PAIR, false>(rows, keys, Rows{w.q_rows + int64_t(query) * words, words}, w.k_transposed + key, padded,
+          product<PAIR, false>(rows, keys, w.q_rows + int64_t(query) * words, words, w.k_transposed + key, padded,
                                p.width / W::SIZE, logits, KEY_TILE);
-          if (w.masked) softmax<true>(w, query, key, rows, keys);
-          else softmax<false>(w, query, key, rows, keys);
+          if (bounded && w.masked) softmax<true, true>(w, query, key, rows, keys);
+          else if (bounded) softmax<false, true>(w, query, key, rows, keys);
+          else if (w.masked) softmax<true, false>(w, query, key, rows, keys);
+          else softmax<false, false>(w, query, key, rows, keys);
           const T* values = w.v_columns + int64_t(key / W::SIZE) * width;
-          if (key == 0) product<PAIR, false>(rows, width, ByKeys{left}, values, width, keys / W::SIZE, w.out, width);
-          else product<PAIR, true>(rows, width, ByKeys{left}, values, width, keys / W::SIZE, w.out, width);
+          if (key == 0) product<PAIR, false>(rows, width, left, WORD_TILE, values, width, keys / W::SIZE, w.out, width);
+          else product<PAIR, true>(rows, width, left, WORD_TILE, values, width, keys / W::SIZE, w.out, width);
         }
       }
       for (int i = 0; i < count; ++i) write_out(windows[i], query, rows);
@@ -753,36 +869,40 @@ struct Task {
   void write_grads(const Window& w) {
     const Element* qkv = static_cast<const Element*>(call.qkv);
     Element* grad = static_cast<Element*>(call.grad_qkv);
+    transpose(width, padded, w.grad_k, grad_k_rows);
+    transpose(width, padded, w.grad_v, grad_v_rows);
     for (int t = 0; t < tokens; ++t) {
       if (w.token[t] < 0) continue;
       const int64_t q = p.qkv_offset(w.token[t], 0, head), k = p.qkv_offset(w.token[t], 1, head);
       const int64_t v = p.qkv_offset(w.token[t], 2, head), row = int64_t(t) * width;
       write_unit_grad(qkv + q, grad + q, w.grad_q + row, w.q_inverse[t]);
-      write_unit_grad(qkv + k, grad + k, w.grad_k + row, w.k_inverse[t]);
-      for (int j = 0; j < p.width; j += LANE) store_part(grad + v + j, load(w.grad_v + row + j), p.width - j);
+      write_unit_grad(qkv + k, grad + k, grad_k_rows + row, w.k_inverse[t]);
+      for (int j = 0; j < p.width; j += LANE) store_part(grad + v + j, load(grad_v_rows + row + j), p.width - j);
     }
   }
 
   void backward_group(int count) {
     for (int query = 0; query < tokens; query += query_tile) {
       const int rows = least(query_tile, tokens - query), steps = (rows + W::SIZE - 1) / W::SIZE;
+      const int64_t row = int64_t(query) * words, word = query / W::SIZE;
+      if constexpr (GRAIN > LANE)  // tiles read whole: what follows the last words of queries is zero
+        for (T *at = pairs + int64_t(steps) * KEY_TILE, *end = pairs + int64_t(up_to(steps, LANE)) * KEY_TILE; at < end; ++at)
+          at[0] = at[grad_pairs - pairs] = 0;
       for (int key = 0; key < padded; key += key_tile) {
-        const int keys = least(key_tile, padded - key), real = least(keys, tokens - key);
+        const int keys = least(key_tile, padded - key);
         enter_tile(query, key, rows, keys);
         for (int i = 0; i < count; ++i) {
           Window& w = windows[i];
-          const int64_t q_row = int64_t(query) * words, q_column = int64_t(query / W::SIZE) * width;
-          product<PAIR, false>(rows, keys, Rows{w.q_rows + q_row, words}, w.k_transposed + key, padded, p.width / W::SIZE,
-                               logits, KEY_TILE);
-          product<PAIR, false>(rows, keys, Rows{w.g_rows + q_row, words}, w.v_transposed + key, padded, p.width / W::SIZE,
-                               grads, KEY_TILE);
+          product<PAIR, false>(rows, keys, w.q_rows + row, words, w.k_transposed + key, padded, p.width / W::SIZE, logits,
+                               KEY_TILE);
+          product<PAIR, false>(rows, keys, w.g_rows + row, words, w.v_transposed + key, padded, p.width / W::SIZE, grads,
+                               KEY_TILE);
           if (w.masked) softmax_backward<true>(w, query, key, rows, keys);
           else softmax_backward<false>(w, query, key, rows, keys);
-          product<PAIR, true>(real, width, ByQueries{pairs}, w.g_columns + q_column, width, steps,
-                              w.grad_v + int64_t(key) * width, width);
-          product<PAIR, true>(real, width, ByQueries{PAIR ? grad_pairs : left}, w.q_columns + q_column, width, steps,
-                              w.grad_k + int64_t(key) * width, width);
-          product<PAIR, true>(rows, width, ByKeys{left}, w.k_columns + int64_t(key / W::SIZE) * width, width,
+          product<PAIR, true>(width, keys, w.g_across + word, token_words, pairs, KEY_TILE, steps, w.grad_v + key, padded);
+          product<PAIR, true>(width, keys, w.q_across + word, token_words, PAIR ? grad_pairs : left, KEY_TILE, steps,
+                              w.grad_k + key, padded);
+          product<PAIR, true>(rows, width, left, WORD_TILE, w.k_columns + int64_t(key / W::SIZE) * width, width,
                               keys / W::SIZE, w.grad_q + int64_t(query) * width, width);
         }
       }
@@ -800,10 +920,14 @@ struct Task {
   void run(int64_t task) {
     const int64_t chunk = task / p.heads, all = p.batch * p.windows();
     const int64_t first = all * chunk / call.chunks, last = all * (chunk + 1) / call.chunks;
+#if defined(__AMX_BF16__)
+    const Tiles tiles;
+#endif
     enter_head(int(task % p.heads));
     for (int64_t number = first; number < last; number += group) {
       const int count = int(last - number < group ? last - number : group);
-      for (int i = 0; i < count; ++i) enter_window(windows[i], number + i);
+      for (int i = 0; i < count; ++i) place_window(windows[i], number + i);
+      for (int i = 0; i < count; ++i) enter_window(windows[i]);
       if (backward) backward_group(count);
       else forward_group(count);
     }

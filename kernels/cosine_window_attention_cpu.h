@@ -35,7 +35,7 @@ struct InstructionSet {
 
 extern const InstructionSet portable;
 #if defined(__x86_64__)
-extern const InstructionSet avx2, avx512, avx512_bf16;
+extern const InstructionSet avx2, avx512, avx512_bf16, amx_bf16;
 #endif
 
 }  // namespace cosine_window_attention
