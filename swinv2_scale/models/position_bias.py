@@ -2,7 +2,7 @@
 
 Swin Transformer V2, section 3.3. Because the bias is a function of coordinates, weights trained at one window can be
 used at another: coordinates are measured in units of the *pretrained* window, and with log spacing they grow only
-logarithmically beyond it. Linear spacing is the paper's comparison (its Table 1); docs/benchmarks/window_transfer.py
+logarithmically beyond it. Linear spacing is the paper's comparison (its Table 1); docs/benchmarks/window_transfer.md
 repeats it in small.
 """
 
