@@ -30,7 +30,8 @@ INSTRUCTION_SETS = {"portable": []}  # of which the processor's best is chosen a
 if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS |= {"avx2": AVX512[:3], "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]}
     INSTRUCTION_SETS["amx_bf16"] = [*INSTRUCTION_SETS["avx512_bf16"], "-mamx-tile", "-mamx-bf16"]
-GPU_ARCHITECTURES = (75, 80, 90, 100)  # the last as PTX too, for what comes after
+GPU_ARCHITECTURES = ["75", "80", "90", "100"]  # where no GPU says what it is
+GPU_TYPES = ["float32", "bfloat16", "float16"]
 
 
 def torch_folder() -> Path | None:
@@ -51,6 +52,33 @@ def compiler() -> str | None:
 def nvcc() -> str | None:
     home = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
     return shutil.which("nvcc") or shutil.which(home / "bin" / "nvcc")
+
+
+def gpu_code() -> list[str]:
+    """What nvcc shall generate, sm_* and compute_*: by TORCH_CUDA_ARCH_LIST, else for visible GPUs, else for all.
+
+    The newest architecture is compiled as PTX too, for what comes after; TORCH_CUDA_ARCH_LIST says where it wants PTX.
+    """
+    wanted = re.split(r"[;\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip())
+    if wanted != [""]:
+        found = [re.fullmatch(r"(\d+)\.(\d+[af]?)(\+PTX)?", name) for name in wanted]
+        if not all(found):
+            raise ValueError(f"TORCH_CUDA_ARCH_LIST is {' '.join(wanted)}; write numbers, such as 8.0;9.0+PTX")
+        names = [(major + minor, ptx) for major, minor, ptx in (match.groups() for match in found)]
+        return [f"sm_{name}" for name, _ in names] + [f"compute_{name}" for name, ptx in names if ptx]
+    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    answer = subprocess.run(query, capture_output=True, text=True, check=False).stdout if shutil.which(query[0]) else ""
+    known = subprocess.run([nvcc(), "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
+    names = sorted({name.replace(".", "") for name in re.findall(r"^\d+\.\d+", answer, re.MULTILINE)}, key=int)
+    names = names or [name for name in GPU_ARCHITECTURES if f"compute_{name}\n" in known]
+    return [*(f"sm_{name}" for name in names), f"compute_{names[-1]}"]
+
+
+def gencode(code: list[str], gpu_type: str) -> list[str]:
+    """Options of nvcc. Turing has no bfloat16: the kernel is left out, and asking for it is an error that says so."""
+    if gpu_type == "bfloat16":
+        code = [name for name in code if not name.endswith("_75")] or ["compute_80"]
+    return [f"-gencode=arch=compute_{name.partition('_')[2]},code={name}" for name in code]
 
 
 def kernels() -> list[Extension]:
@@ -91,8 +119,7 @@ class BuildKernels(build_ext):
         shared += [f"-I{torch}/include", f"-I{torch}/include/torch/csrc/api/include"]
         cpp = [compiler(), *shared, "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-Wno-psabi"]
         cuda = [nvcc(), *shared, "-DUSE_CUDA", "-Xcompiler", "-fPIC,-fvisibility=hidden", "--threads", "0"]
-        cuda += [f"-gencode=arch=compute_{a},code=sm_{a}" for a in GPU_ARCHITECTURES]
-        cuda += [f"-gencode=arch=compute_{GPU_ARCHITECTURES[-1]},code=compute_{GPU_ARCHITECTURES[-1]}"]
+        code = gpu_code() if nvcc() else []
         steps, links = [], []
         for extension in self.extensions:
             library = Path(self.get_ext_fullpath(extension.name))
@@ -102,11 +129,14 @@ class BuildKernels(build_ext):
             objects = []
             for source in map(Path, extension.sources):
                 command = cuda if source.suffix == ".cu" else cpp
-                variants = INSTRUCTION_SETS if source.stem.endswith("_cpu") else {"": []}
+                variants: dict[str, list[str]] = {"": []}
+                if source.stem.endswith("_attention_cpu"):
+                    variants = {name: [f"-DINSTRUCTION_SET={name}", *own] for name, own in INSTRUCTION_SETS.items()}
+                elif source.stem.endswith("_attention_cuda"):
+                    variants = {name: [f"-DELEMENT={name}", *gencode(code, name)] for name in GPU_TYPES}
                 for name, options in variants.items():
                     target = folder / f"{source.stem}{name}.o"
-                    define = [f"-DINSTRUCTION_SET={name}"] if name else []
-                    steps.append([*command, *define, *options, "-c", str(source), "-o", str(target)])
+                    steps.append([*command, *options, "-c", str(source), "-o", str(target)])
                     objects.append(str(target))
             libraries = [f"-L{torch}/lib", "-ltorch_cpu"]
             linker = [compiler(), "-shared"]

@@ -98,8 +98,8 @@ std::tuple<Tensor, Tensor> forward_op(const Tensor qkv, const Tensor logit_scale
   shape.back() = p.heads;
   Tensor lse = torch::stable::new_empty(qkv, shape, ScalarType::Float);
   if (p.batch > 0 && p.map_tokens() > 0) {
-    forward(p, type, qkv.const_data_ptr(), numbers(logit_scale), numbers(bias_table), out.mutable_data_ptr(), numbers(lse),
-            current_stream(qkv));
+    launchers_for(p, type).forward(p, qkv.const_data_ptr(), numbers(logit_scale), numbers(bias_table), out.mutable_data_ptr(),
+                                   numbers(lse), current_stream(qkv));
   }
   return {out, lse};
 }
@@ -125,9 +125,9 @@ std::tuple<Tensor, Tensor, Tensor> backward_op(const Tensor grad_out, const Tens
     return {grad_qkv, grad_logit_scale, grad_bias_table};
   }
   Tensor scratch = torch::stable::new_empty(logit_scale, {backward_scratch(p)});
-  backward(p, type, grad_out.const_data_ptr(), qkv.const_data_ptr(), numbers(logit_scale), numbers(bias_table),
-           out.const_data_ptr(), numbers(lse), grad_qkv.mutable_data_ptr(), numbers(grad_logit_scale), numbers(grad_bias_table),
-           numbers(scratch), current_stream(qkv));
+  launchers_for(p, type).backward(p, grad_out.const_data_ptr(), qkv.const_data_ptr(), numbers(logit_scale), numbers(bias_table),
+                                  out.const_data_ptr(), numbers(lse), grad_qkv.mutable_data_ptr(), numbers(grad_logit_scale),
+                                  numbers(grad_bias_table), numbers(scratch), current_stream(qkv));
   return {grad_qkv, grad_logit_scale, grad_bias_table};
 }
 

@@ -10,19 +10,17 @@
 //
 // Every warp owns 16 rows. Its logits, probabilities and sums live in the layout of the tensor core's result: with
 // g = lane / 4 and t = lane % 4 a lane has, of each 16x8 tile, columns 2t and 2t + 1 of rows g and g + 8 ("half" 0 and 1).
-// float32 uses the same layout with ordinary arithmetic, so that only `multiply_*` below differ between types.
+// float32 uses the same layout with ordinary arithmetic, so that only `multiply_*` below differ between types. This file is
+// compiled once per type, with -DELEMENT=float32, bfloat16 or float16; without ELEMENT it is all three.
 // Lines that end in a [mark] are altered, one at a time, by the tests of the tests (tests/numerics/test_cuda_emulation.py).
 
 #include "cosine_window_attention_cuda.h"
 
-#include <algorithm>
 #include <cmath>
 
 namespace cosine_window_attention::cuda {
 namespace {
 
-using gpu::bfloat16;
-using gpu::float16;
 using gpu::SharedMemory;
 
 constexpr float INFINITE = INFINITY;
@@ -771,18 +769,6 @@ constexpr int STAGING_BYTES = 96 * 1024;
 
 bool room_for(int bytes, int limit) { return bytes <= std::min(limit, STAGING_BYTES); }
 
-int64_t parts(const Problem& p, int tile_rows) {
-  return p.batch * p.windows() * ((p.tokens() + tile_rows - 1) / tile_rows);
-}
-
-// Blocks per head in backward_queries, each with a table of its own: a few thousand blocks in all, if their tables take no
-// more than 16 MB, or than two numbers per token and head.
-int slots_for(const Problem& p, int64_t items) {
-  const int64_t room = std::max<int64_t>(int64_t(1) << 22, 2 * p.batch * p.map_tokens() * p.heads);
-  const int64_t slots = std::min<int64_t>(room / (int64_t(p.heads) * (p.offsets() + 1)), (2048 + p.heads - 1) / p.heads);
-  return int(std::max<int64_t>(1, std::min(slots, items)));
-}
-
 int64_t checked_blocks(int64_t blocks) {
   if (blocks > 0x7fffffff) throw std::runtime_error("cosine_window_attention: too many windows for one launch");
   return blocks;
@@ -830,47 +816,21 @@ struct Launcher {
   }
 };
 
-// Calls `act` with the launcher for a type and a head width.
-template <typename T, typename Act>
-void with_width(const Problem& p, Act act) {
-  if (p.width < 8 || p.width > MAX_WIDTH || p.width % 8 != 0) {
-    throw std::runtime_error("cosine_window_attention: head width must be 8 … 128 in steps of 8");
-  }
-  if (p.width <= 32) return act(Launcher<T, 32>());
-  if (p.width <= 64) return act(Launcher<T, 64>());
-  act(Launcher<T, 128>());
-}
-template <typename Act>
-void with_launcher(const Problem& p, Type type, Act act) {
-  if (p.batch == 0 || p.map_tokens() == 0) throw std::runtime_error("cosine_window_attention: no tokens");
-  if (type == Type::float32) return with_width<float>(p, act);
-  if (type == Type::float16) return with_width<float16>(p, act);
-  if (!gpu::has_bfloat16()) {
-    throw std::runtime_error("cosine_window_attention: bfloat16 needs compute capability 8.0, take float16 or float32");
-  }
-  with_width<bfloat16>(p, act);
-}
-
 }  // namespace
 
-void forward(const Problem& problem, Type type, const void* qkv, const float* logit_scale, const float* bias_table, void* out,
-             float* lse, gpu::Stream stream) {
-  with_launcher(problem, type,
-                [&](auto launcher) { launcher.forward(problem, qkv, logit_scale, bias_table, out, lse, stream); });
+template <typename T>
+Launchers launchers_of_type(int width) {
+  if (width <= 32) return {&Launcher<T, 32>::forward, &Launcher<T, 32>::backward};
+  if (width <= 64) return {&Launcher<T, 64>::forward, &Launcher<T, 64>::backward};
+  return {&Launcher<T, 128>::forward, &Launcher<T, 128>::backward};
 }
 
-int64_t backward_scratch(const Problem& problem) {
-  const int slots = slots_for(problem, parts(problem, 1));  // no less than for larger tiles
-  return problem.batch * problem.map_tokens() * problem.heads + int64_t(slots) * problem.heads * (problem.offsets() + 1);
-}
-
-void backward(const Problem& problem, Type type, const void* grad_out, const void* qkv, const float* logit_scale,
-              const float* bias_table, const void* out, const float* lse, void* grad_qkv, float* grad_logit_scale,
-              float* grad_bias_table, float* scratch, gpu::Stream stream) {
-  with_launcher(problem, type, [&](auto launcher) {
-    launcher.backward(problem, grad_out, qkv, logit_scale, bias_table, out, lse, grad_qkv, grad_logit_scale, grad_bias_table,
-                      scratch, stream);
-  });
-}
+#if defined(ELEMENT)
+template Launchers launchers_of_type<gpu::ELEMENT>(int width);
+#else
+template Launchers launchers_of_type<gpu::float32>(int width);
+template Launchers launchers_of_type<gpu::bfloat16>(int width);
+template Launchers launchers_of_type<gpu::float16>(int width);
+#endif
 
 }  // namespace cosine_window_attention::cuda

@@ -7,6 +7,7 @@
 
 namespace cosine_window_attention::gpu {
 
+using float32 = float;
 // Storage of the two 16-bit types; arithmetic is float32, through pack and unpack.
 struct float16 {
   uint16_t bits;
@@ -33,6 +34,7 @@ using Stream = cudaStream_t;
 // -- conversions ---------------------------------------------------------------------------------------------------------
 
 // Two numbers, rounded to nearest even, in one register: `low` in the lower half, which is the lower address.
+// Turing has no bfloat16: for it setup.py leaves that type out, and `launchers_for` refuses it.
 template <typename T>
 __device__ __forceinline__ uint32_t pack(float low, float high);
 
@@ -45,13 +47,9 @@ __device__ __forceinline__ uint32_t pack<float16>(float low, float high) {
 }
 template <>
 __device__ __forceinline__ uint32_t pack<bfloat16>(float low, float high) {
-#if __CUDA_ARCH__ >= 800
   uint32_t both;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
   return both;
-#else
-  return 0;  // never launched: see `multiply_accumulate`
-#endif
 }
 
 template <typename T>
@@ -124,13 +122,9 @@ __device__ __forceinline__ void multiply_accumulate<float16>(float (&c)[4], cons
 template <>
 __device__ __forceinline__ void multiply_accumulate<bfloat16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
                                                               uint32_t b1) {
-#if __CUDA_ARCH__ >= 800
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
                : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-#else
-  __trap();  // Turing has no bfloat16; `require_type` refuses before a launch
-#endif
 }
 
 // -- asynchronous copies -------------------------------------------------------------------------------------------------

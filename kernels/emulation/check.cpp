@@ -168,9 +168,10 @@ bool holds(const Problem& p, cuda::Type type, bool small_memory) {
   const Bytes scratch(cuda::Type::float32, cuda::backward_scratch(p));
   const auto numbers = [](const Bytes& x) { return static_cast<float*>(x.memory.get()); };
   gpu::settings.shared_memory_limit = small_memory ? 64 * 1024 : 227 * 1024;
-  cuda::forward(p, type, qkv.memory.get(), numbers(scale), numbers(table), out.memory.get(), numbers(lse), nullptr);
-  cuda::backward(p, type, grad_out.memory.get(), qkv.memory.get(), numbers(scale), numbers(table), out.memory.get(), numbers(lse),
-                 grad_qkv.memory.get(), numbers(grad_scale), numbers(grad_table), numbers(scratch), nullptr);
+  const cuda::Launchers launchers = cuda::launchers_for(p, type);
+  launchers.forward(p, qkv.memory.get(), numbers(scale), numbers(table), out.memory.get(), numbers(lse), nullptr);
+  launchers.backward(p, grad_out.memory.get(), qkv.memory.get(), numbers(scale), numbers(table), out.memory.get(), numbers(lse),
+                     grad_qkv.memory.get(), numbers(grad_scale), numbers(grad_table), numbers(scratch), nullptr);
   const Results expected = reference(p, in);
   const double errors[4] = {error(out, expected.out), error(grad_qkv, expected.grad_qkv),
                             error(grad_scale, expected.grad_logit_scale), error(grad_table, expected.grad_bias_table)};

@@ -54,7 +54,8 @@ int64_t emulation_scratch(const int64_t* sizes) { return cwa::cuda::backward_scr
 int emulation_forward(const int64_t* sizes, float mask_value, int type, const void* qkv, const float* logit_scale,
                       const float* bias_table, void* out, float* lse) {
   return guarded([&] {
-    cwa::cuda::forward(problem_of(sizes, mask_value), cwa::cuda::Type(type), qkv, logit_scale, bias_table, out, lse, nullptr);
+    const cwa::Problem p = problem_of(sizes, mask_value);
+    cwa::cuda::launchers_for(p, cwa::cuda::Type(type)).forward(p, qkv, logit_scale, bias_table, out, lse, nullptr);
   });
 }
 
@@ -62,8 +63,9 @@ int emulation_backward(const int64_t* sizes, float mask_value, int type, const v
                        const float* logit_scale, const float* bias_table, const void* out, const float* lse, void* grad_qkv,
                        float* grad_logit_scale, float* grad_bias_table, float* scratch) {
   return guarded([&] {
-    cwa::cuda::backward(problem_of(sizes, mask_value), cwa::cuda::Type(type), grad_out, qkv, logit_scale, bias_table, out, lse,
-                        grad_qkv, grad_logit_scale, grad_bias_table, scratch, nullptr);
+    const cwa::Problem p = problem_of(sizes, mask_value);
+    cwa::cuda::launchers_for(p, cwa::cuda::Type(type))
+        .backward(p, grad_out, qkv, logit_scale, bias_table, out, lse, grad_qkv, grad_logit_scale, grad_bias_table, scratch, nullptr);
   });
 }
 }

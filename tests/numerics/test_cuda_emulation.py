@@ -104,14 +104,14 @@ def excess(emulation: Callable, tensors: list[Tensor], weight: Tensor, **argumen
     ratios = {}
     for name, factor, a, b, c in zip(NAMES, FACTORS, ours, plain, exact, strict=True):
         assert a.shape == c.shape, name
-        # What is zero, or almost, has rounding errors of its terms: a window of one token has no gradients but that of v.
+        # What is almost zero has rounding errors of its terms: a window of one token has no gradients but that of v.
         floor = {
             "out": 0.02 * scale * c.numel() ** 0.5,
             "qkv": 0.08 * scale * c.numel() ** 0.5,
             "logit_scale": (scale * weight.numel()) ** 0.5,  # few numbers, and plain PyTorch's may be right by chance
             "bias_table": weight.numel() ** 0.5,
         }[name]
-        # The log-sum-exp is kept in float32: half a unit in its last place is a relative error of a row's probabilities.
+        # The log-sum-exp is kept in float32: half a unit in its last place is an error of a row's probabilities.
         kept = 0.0 if name == "out" else 0.25 * (16 + scale) * FLOAT32 * float(c.norm())
         error = float((a.double() - c).norm())
         allowed = factor * max(float((b.double() - c).norm()), unit * floor, kept)
@@ -281,13 +281,15 @@ MUTATIONS = {  # name: (what is there, what replaces it, in how many places); a 
 def narrow_source() -> str:
     """The kernels for width 32 of float32 and bfloat16 only, which compile in a fraction of the time."""
     source = SOURCE.read_text()
-    for line in (
-        "  if (p.width <= 64) return act(Launcher<T, 64>());\n",
-        "  act(Launcher<T, 128>());\n",
-        "  if (type == Type::float16) return with_width<float16>(p, act);\n",
-    ):
+    for line, replacement in {
+        "  if (width <= 64) return {&Launcher<T, 64>::forward, &Launcher<T, 64>::backward};\n": "",
+        "  return {&Launcher<T, 128>::forward, &Launcher<T, 128>::backward};\n": "  return {};\n",
+        "template Launchers launchers_of_type<gpu::float16>(int width);": (
+            "template <> Launchers launchers_of_type<gpu::float16>(int) { return {}; }"
+        ),
+    }.items():
         assert source.count(line) == 1, line
-        source = source.replace(line, "")
+        source = source.replace(line, replacement)
     return source
 
 
