@@ -94,11 +94,19 @@ def _data_index(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _data_verify(arguments: argparse.Namespace) -> int:
+def _open_manifest(source: str) -> Any:
+    """The manifest of a path or URL, which is read as conf/data/shards.yaml says."""
+    from swinv2_scale import config
     from swinv2_scale.data.manifest import open_manifest
+    from swinv2_scale.data.sources import Reader, is_url
+
+    return open_manifest(source, Reader(**config.reading()) if is_url(source) else None)
+
+
+def _data_verify(arguments: argparse.Namespace) -> int:
     from swinv2_scale.data.shards import verify
 
-    manifest = open_manifest(arguments.manifest)
+    manifest = _open_manifest(arguments.manifest)
     problems = verify(manifest)
     for problem in problems:
         print(problem)
@@ -107,19 +115,17 @@ def _data_verify(arguments: argparse.Namespace) -> int:
 
 
 def _data_stats(arguments: argparse.Namespace) -> int:
-    from swinv2_scale.data.manifest import open_manifest
     from swinv2_scale.data.shards import stats
 
-    print(json.dumps(stats(open_manifest(arguments.manifest)), indent=1, ensure_ascii=False))
+    print(json.dumps(stats(_open_manifest(arguments.manifest)), indent=1, ensure_ascii=False))
     return 0
 
 
 def _data_order(arguments: argparse.Namespace) -> int:
-    from swinv2_scale.data.manifest import open_manifest
     from swinv2_scale.data.shards import read_sample
     from swinv2_scale.data.stream import Order
 
-    manifest = open_manifest(arguments.manifest)
+    manifest = _open_manifest(arguments.manifest)
     order = Order(len(manifest), arguments.seed, arguments.global_batch)
     micro_batch = arguments.micro_batch or arguments.global_batch // arguments.world
     if not micro_batch or arguments.global_batch % (arguments.world * micro_batch):

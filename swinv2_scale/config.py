@@ -94,6 +94,12 @@ def compose_model(size: str, **arguments: Any) -> DictConfig:
     return cfg
 
 
+def reading(data: Any = None) -> dict[str, Any]:
+    """What `data`, by default conf/data/shards.yaml, says of how shards are read: the arguments of sources.Reader."""
+    data = _compose("data/shards", []).data if data is None else data
+    return {str(key): data[key] for key in data if key not in ("train", "validation")}
+
+
 def instantiate(node: Any, **arguments: Any) -> Any:
     """The object that node's `_target_` makes of its other keys and the keyword arguments; lists become Python lists.
 

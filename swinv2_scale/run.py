@@ -15,6 +15,7 @@ from torch import nn
 
 from swinv2_scale import checkpoint, config, distributed, report
 from swinv2_scale.data.manifest import Manifest, open_manifest
+from swinv2_scale.data.sources import Reader
 from swinv2_scale.data.stream import Order, Stream, evaluation_stream, training_stream
 from swinv2_scale.engine import Engine, build_engine, cast, deepspeed_config
 from swinv2_scale.models import memory
@@ -60,7 +61,7 @@ def training(cfg: Any) -> None:
     """Train what the configuration describes, from where its run directory stands."""
     # 1  the task, its data, and how long
     task: Task = config.instantiate(cfg.task)
-    data = open_manifest(cfg.data.train)
+    data = open_manifest(cfg.data.train, Reader(**config.reading(cfg.data)))
     order = Order(len(data), cfg.seed, cfg.global_batch)
     if not cfg.steps and not cfg.epochs:
         raise ValueError(f"steps={cfg.steps} and epochs={cfg.epochs}: give one of them, or there is nothing to train")
@@ -257,7 +258,7 @@ def open_held_out(cfg: Any, task: Task) -> tuple[Stream, Manifest] | None:
     """The stream of held-out samples and its manifest, or None when data.validation is null."""
     if cfg.data.validation is None:
         return None
-    manifest = open_manifest(cfg.data.validation)
+    manifest = open_manifest(cfg.data.validation, Reader(**config.reading(cfg.data)))
     stream = evaluation_stream(
         manifest,
         task.evaluation_transform,

@@ -12,6 +12,7 @@ import secrets
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -23,6 +24,7 @@ from torch import Tensor
 from torchvision.io import write_png
 
 from swinv2_scale import distributed
+from swinv2_scale.data.sources import COUNTERS
 from swinv2_scale.data.stream import Batch
 
 RECORD = "metrics.jsonl"
@@ -64,6 +66,7 @@ class Telemetry:
         self._losses: list[Tensor] = []
         self._replaced: list[str] = []
         self._waited = 0.0
+        self._reads: Counter[str] = Counter()
         self._step = 0
         self.attempt = 0
         self._begin = self._last = time.monotonic()
@@ -111,6 +114,8 @@ class Telemetry:
             if batch is None:
                 return
             self._replaced += batch["corrupt"]
+            for counted in batch["reads"]:
+                self._reads.update(counted)
             yield batch
 
     def loss(self, value: Tensor) -> None:
@@ -133,11 +138,12 @@ class Telemetry:
             "step_seconds": elapsed / steps,
             "data_wait": mean["waited"] / elapsed,
             **distributed.max_over_ranks({"memory_gigabytes": _peak_memory()}),
+            **distributed.sum_over_ranks({name: self._reads[name] for name in COUNTERS}),
         }
         self.event("train", step, **record)
         self._show(step, record)
         self.replaced(step, self._replaced)
-        self._losses, self._waited, self._replaced = [], 0.0, []
+        self._losses, self._waited, self._replaced, self._reads = [], 0.0, [], Counter()
         self._last = time.monotonic()
         wrong = [f"{k} {v}" for k, v in record.items() if isinstance(v, float) and not math.isfinite(v)]
         if wrong:

@@ -16,6 +16,7 @@ and has no hashes of contents, so large data is better packed.
 import difflib
 import glob
 import hashlib
+import io
 import json
 import logging
 import os
@@ -30,6 +31,7 @@ from typing import Any
 import numpy as np
 
 from swinv2_scale.data.folder import image_folder
+from swinv2_scale.data.sources import Reader, is_url, join
 
 log = logging.getLogger(__name__)
 
@@ -61,15 +63,16 @@ class Manifest:
 
     `classes` is empty when nobody named them; `origin` is what the shards were packed from (source, format, seed,
     shard_size), empty for shards that somebody else wrote. `pictures` are key and label of each sample of a plain
-    folder, whose shards are its pictures.
+    folder, whose shards are its pictures. Where `root` is a URL, `reader` reads the shards.
     """
 
-    root: Path
+    root: Path | str
     shards: tuple[Shard, ...]
     classes: tuple[str, ...]
     origin: dict[str, Any]
     offsets: np.ndarray = field(repr=False)  # int64 (samples,)
     pictures: tuple[tuple[str, int], ...] = field(default=(), repr=False)
+    reader: Reader | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
         return len(self.offsets)
@@ -94,14 +97,18 @@ class Manifest:
         """The shard that holds sample `index`."""
         return self.shards[self._shard_number(index)]
 
-    def locate(self, index: int) -> tuple[Path, int, int]:
-        """Path of the shard of sample `index`, and offset and size in bytes of the sample's tar members in it."""
+    def place(self, shard: Shard) -> Path | str:
+        """Path or URL of a shard."""
+        return join(self.root, shard.name) if isinstance(self.root, str) else self.root / shard.name
+
+    def locate(self, index: int) -> tuple[Path | str, int, int]:
+        """Path or URL of the shard of sample `index`; offset and size in bytes of the sample's tar members in it."""
         number = self._shard_number(index)
         shard = self.shards[number]
         begin = int(self.offsets[index])
         last = index + 1 == self.first_samples[number + 1]
         end = shard.bytes if last else int(self.offsets[index + 1])
-        return self.root / shard.name, begin, end - begin
+        return self.place(shard), begin, end - begin
 
     def _shard_number(self, index: int) -> int:
         if not 0 <= index < len(self):
@@ -119,15 +126,20 @@ class Manifest:
         self.__dict__.update(state, offsets=np.load(offsets, mmap_mode="r") if isinstance(offsets, Path) else offsets)
 
 
-def open_manifest(source: str | os.PathLike[str]) -> Manifest:
+def open_manifest(source: str | os.PathLike[str], reader: Reader | None = None) -> Manifest:
     """The manifest of `source`: a manifest.json or its directory, a directory or glob of tars, or a plain folder.
+
+    A URL of a directory with a manifest.json is read by `reader`, and so will be its shards, then for the first time.
 
     Shards without a manifest are indexed by reading their tar headers, which the log mentions. Sizes are compared with
     the manifest, contents are not (`swinv2-scale data verify` does).
 
     Raises ValueError when the path or a listed shard is missing, a shard's size is not the manifest's, a file is no
-    tar, or there is no sample; and as `image_folder` does.
+    tar, or there is no sample; and as `image_folder` does. Raises ReadError for a URL that cannot be read.
     """
+    if is_url(source):
+        assert reader is not None, source
+        return _read_remote(str(source), reader)
     path = Path(source).expanduser()
     if not path.exists():
         # Path.glob wants the part without wildcards separated from the pattern.
@@ -200,29 +212,48 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
+_REMEDY = "pack the data again, or write a new manifest with `swinv2-scale data index`"
+
+
+def _read_remote(root: str, reader: Reader) -> Manifest:
+    url = join(root, MANIFEST_NAME)
+    shards, classes, origin = _parse(reader.read_all(url), url)
+    offsets = np.load(io.BytesIO(reader.read_all(join(root, OFFSETS_NAME))))
+    _check_samples(shards, offsets, url)
+    return Manifest(root, shards, classes, origin, offsets, reader=reader)
+
+
 def _read_manifest(path: Path) -> Manifest:
-    remedy = "pack the data again, or write a new manifest with `swinv2-scale data index`"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        version = content["version"]
-        if version != FORMAT_VERSION:
-            raise ValueError(f"{path} has format version {version}, this program reads {FORMAT_VERSION}; {remedy}")
-        shards = tuple(Shard(**entry) for entry in content["shards"])
-        classes, origin = tuple(content["classes"]), content["origin"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no manifest of shards ({type(error).__name__}: {error}); {remedy}") from error
+    shards, classes, origin = _parse(path.read_bytes(), path)
     for shard in shards:
         _check_size(path.parent / shard.name, shard, path)
+    offsets_path = path.parent / OFFSETS_NAME
+    if shards and not offsets_path.exists():
+        raise ValueError(f"{offsets_path} is missing beside {path.name}; copy it too, or {_REMEDY}")
+    offsets = np.load(offsets_path, mmap_mode="r")
+    _check_samples(shards, offsets, path)
+    return Manifest(path.parent.resolve(), shards, classes, origin, offsets)
+
+
+def _parse(text: bytes, path: Path | str) -> tuple[tuple[Shard, ...], tuple[str, ...], dict[str, Any]]:
+    """Shards, classes and origin of a manifest.json."""
+    try:
+        content = json.loads(text)
+        version = content["version"]
+        if version != FORMAT_VERSION:
+            raise ValueError(f"{path} has format version {version}, this program reads {FORMAT_VERSION}; {_REMEDY}")
+        shards = tuple(Shard(**entry) for entry in content["shards"])
+        return shards, tuple(content["classes"]), content["origin"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no manifest of shards ({type(error).__name__}: {error}); {_REMEDY}") from error
+
+
+def _check_samples(shards: Sequence[Shard], offsets: np.ndarray, manifest: Path | str) -> None:
     samples = sum(shard.samples for shard in shards)
     if samples == 0:
-        raise ValueError(f"{path} lists no sample: the data set is empty; pack a source that holds images")
-    offsets_path = path.parent / OFFSETS_NAME
-    if not offsets_path.exists():
-        raise ValueError(f"{offsets_path} is missing beside {path.name}; copy it too, or {remedy}")
-    offsets = np.load(offsets_path, mmap_mode="r")
+        raise ValueError(f"{manifest} lists no sample: the data set is empty; pack a source that holds images")
     if offsets.shape != (samples,):
-        raise ValueError(f"{offsets_path} has shape {offsets.shape}, {path.name} lists {samples} samples; {remedy}")
-    return Manifest(path.parent.resolve(), shards, classes, origin, offsets)
+        raise ValueError(f"{OFFSETS_NAME} has shape {offsets.shape}, {manifest} lists {samples} samples; {_REMEDY}")
 
 
 def _check_size(path: Path, shard: Shard, manifest: Path) -> None:

@@ -1,5 +1,6 @@
 """Shards: reading and decoding one sample, checking all of them."""
 
+import hashlib
 import io
 import os
 import tarfile
@@ -17,7 +18,7 @@ from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2 import functional as F
 
 from swinv2_scale.data.folder import IMAGE_EXTENSIONS
-from swinv2_scale.data.manifest import Manifest, sha256_of, split_member
+from swinv2_scale.data.manifest import Manifest, Shard, sha256_of, split_member
 
 _OPEN_SHARDS = 128  # open files per process; hosts commonly allow 1,024
 
@@ -42,19 +43,24 @@ _descriptors: OrderedDict[tuple[Path, str], int] = OrderedDict()
 
 
 def read_sample(manifest: Manifest, index: int) -> tuple[str, dict[str, bytes]]:
-    """Key of sample `index`, and its members' bytes by extension ("jpg", "cls", …), with one positioned read.
+    """Key of sample `index`, and its members' bytes by extension ("jpg", "cls", …), with one read at an offset.
 
     A picture of a plain folder reads as the sample that it would be packed to.
 
     Raises OSError when the shard cannot be read or ends too early, CorruptSampleError when the bytes are no members.
     """
-    path, offset, size = manifest.locate(index)
-    content = path.read_bytes() if manifest.pictures else os.pread(_descriptor(path, manifest.hash), size, offset)
+    place, offset, size = manifest.locate(index)
+    if isinstance(place, str):
+        assert manifest.reader is not None, place
+        shard = manifest.shard_of(index)
+        content = manifest.reader.read(place, offset, offset + size, size=shard.bytes, sha256=shard.sha256)
+    else:
+        content = place.read_bytes() if manifest.pictures else os.pread(_descriptor(place, manifest.hash), size, offset)
     if len(content) < size:
-        raise OSError(f"shard {path} ends within sample {index} (bytes {offset} to {offset + size}): it was truncated")
+        raise OSError(f"shard {place} ends within sample {index} (bytes {offset} to {offset + size}): it was truncated")
     if manifest.pictures:
         name, label = manifest.pictures[index]
-        return name, {path.suffix[1:].lower(): content, "cls": str(label).encode()}
+        return name, {Path(place).suffix[1:].lower(): content, "cls": str(label).encode()}
     key = None
     members: dict[str, bytes] = {}
     try:
@@ -140,7 +146,7 @@ def verify(manifest: Manifest) -> list[str]:
     """Hashes every shard and decodes every sample; returns one line for each thing that is wrong."""
     problems = []
     for shard in progress_bar(manifest.shards, "hashing"):
-        if shard.sha256 and sha256_of(manifest.root / shard.name) != shard.sha256:
+        if shard.sha256 and _sha256_of(manifest, shard) != shard.sha256:
             problems.append(f"{shard.name}: contents differ from the manifest's sha256; copy or pack the shard again")
     for number in progress_bar(range(len(manifest)), "decoding"):
         key = f"sample {number}"
@@ -150,6 +156,17 @@ def verify(manifest: Manifest) -> list[str]:
         except (CorruptSampleError, OSError) as error:
             problems.append(f"{manifest.shard_of(number).name}:{key}: {error}")
     return problems
+
+
+def _sha256_of(manifest: Manifest, shard: Shard) -> str:
+    place = manifest.place(shard)
+    if isinstance(place, Path):
+        return sha256_of(place)
+    assert manifest.reader is not None, place
+    digest = hashlib.sha256()
+    for block in manifest.reader.blocks(place, 0, shard.bytes, size=shard.bytes):
+        digest.update(block)
+    return digest.hexdigest()
 
 
 def stats(manifest: Manifest, *, looked_at: int = 1000) -> dict[str, Any]:

@@ -10,6 +10,7 @@ A sample that cannot be used is replaced by the next one in the manifest that ca
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -22,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from swinv2_scale import distributed
 from swinv2_scale.data.manifest import Manifest
 from swinv2_scale.data.shards import CorruptSampleError, decode_sample, read_sample, shuffled
+from swinv2_scale.data.sources import ReadError
 from swinv2_scale.data.transforms import Sample
 
 Batch = dict[str, Any]
@@ -120,11 +122,15 @@ class CorruptCounter:
 
 
 class Stream:
-    """An iterable of micro-batches; `corrupt` counts what was replaced on the way."""
+    """An iterable of micro-batches; `corrupt` counts what was replaced on the way, `reads` what sources.COUNTERS name.
+
+    Both count what belongs to the batches given out; workers may be ahead.
+    """
 
     def __init__(self, loader: DataLoader[Batch], corrupt: CorruptCounter) -> None:
         self.loader = loader
         self.corrupt = corrupt
+        self.reads: Counter[str] = Counter()
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -132,6 +138,8 @@ class Stream:
     def __iter__(self) -> Iterator[Batch]:
         for batch in self.loader:
             self.corrupt.update(batch)
+            for counted in batch["reads"]:
+                self.reads.update(counted)
             yield batch
 
 
@@ -220,7 +228,9 @@ class _Samples(Dataset[Sample]):
         epoch, index = place
         key, image, label, corrupt = self._load_usable(index)
         number = draw(self.seed, epoch, key)
-        sample = {"image": image, "label": label, "key": key, "draw": number, "corrupt": corrupt}
+        reader = self.manifest.reader
+        reads = [counted] if reader is not None and (counted := reader.take_counters()) else []
+        sample = {"image": image, "label": label, "key": key, "draw": number, "corrupt": corrupt, "reads": reads}
         # Transforms draw from torch's default generator. Without workers that is the training's own: it is put back.
         before = torch.get_rng_state()
         torch.default_generator.manual_seed(number)
@@ -242,6 +252,8 @@ class _Samples(Dataset[Sample]):
             except CorruptSampleError as error:
                 # Only the sample that was asked for is listed: each corrupt one is counted once an epoch.
                 corrupt = corrupt or [f"{self.manifest.shard_of(number).name}:{key}: {error}"]
+            except ReadError:
+                raise
             except OSError as error:
                 worker = get_worker_info()
                 raise OSError(

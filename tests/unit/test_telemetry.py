@@ -35,7 +35,7 @@ def record(run_dir: Path) -> list[dict[str, Any]]:
 def test_steps_are_averaged_and_samples_that_were_replaced_are_named(tmp_path: Path) -> None:
     t = telemetry(tmp_path)
     t.start(0, world_size=1)
-    for batch in t.timed([{"corrupt": []}, {"corrupt": ["a.tar:7: cut"]}]):
+    for batch in t.timed([{"corrupt": [], "reads": [{"read_retries": 2}]}, {"corrupt": ["a.tar:7: cut"], "reads": []}]):
         assert "corrupt" in batch
     t.loss(torch.tensor(1.0))
     t.loss(torch.tensor(2.0))
