@@ -220,6 +220,7 @@ def _read_remote(root: str, reader: Reader) -> Manifest:
     shards, classes, origin = _parse(reader.read_all(url), url)
     offsets = np.load(io.BytesIO(reader.read_all(join(root, OFFSETS_NAME))))
     _check_samples(shards, offsets, url)
+    reader.take_counters()  # workers would inherit, and count again, what was not read for samples
     return Manifest(root, shards, classes, origin, offsets, reader=reader)
 
 
