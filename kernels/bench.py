@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
 from swinv2_scale.ops import native
-from swinv2_scale.ops.comparison import MASK, Attention, Shape, draw, measure, partitioned, plain, sdpa
+from swinv2_scale.ops.comparison import MASK, Attention, Shape, draw, measure, on_windows, plain, sdpa
 
 # Type, batch, side of the map, window, heads. The windows are those of Swin V2 at 256, 256, 384 and 1536 pixels.
 SHAPES = (
@@ -57,7 +57,7 @@ def implementations(shape: Shape, device: str, names: Sequence[str]) -> dict[str
         "plain": lambda: plain(shape),
         "sdpa": lambda: sdpa(shape, device),
         "compile": lambda: torch.compile(plain(shape), dynamic=False),
-        "flex": lambda: torch.compile(partitioned(shape, device, _flex), dynamic=False),
+        "flex": lambda: torch.compile(on_windows(shape, device, _flex), dynamic=False),
         "kernel": lambda: plain(shape, device),
     }
     return {name: makers[name]() for name in names}

@@ -33,7 +33,7 @@ def plain(shape: Shape, implementation: str = "reference") -> Attention:
     )
 
 
-def partitioned(shape: Shape, device: str, attend: Callable[..., Tensor]) -> Attention:
+def on_windows(shape: Shape, device: str, attend: Callable[..., Tensor]) -> Attention:
     """Partition, `attend(q, k, v, bias_table, index, region)`, merge; q has length exp(logit_scale), k has length 1.
 
     q, k, v are (B, M, H, N, D), index (N, N) is the place of each pair in the table, region (M, N) as in windows.py.
@@ -56,7 +56,7 @@ def partitioned(shape: Shape, device: str, attend: Callable[..., Tensor]) -> Att
 
 def sdpa(shape: Shape, device: str) -> Attention:
     """scaled_dot_product_attention, with bias and mask of all windows and heads as its attn_mask."""
-    return partitioned(shape, device, _sdpa)
+    return on_windows(shape, device, _sdpa)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, bias_table: Tensor, index: Tensor, region: Tensor) -> Tensor:
