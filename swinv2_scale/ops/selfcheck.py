@@ -106,9 +106,10 @@ class Check:
 
 @dataclass(frozen=True)
 class Draw:
-    """Random inputs of a case, and output and gradients of the reference: in their type, and in float64."""
+    """Random inputs and gradient of the output, and the reference's output and gradients: in their type, in float64."""
 
     inputs: Sequence[Tensor]
+    weight: Tensor
     plain: Sequence[Tensor]
     exact: Sequence[Tensor]
 
@@ -165,32 +166,35 @@ def draw(case: Case, dtype: torch.dtype, device: torch.device, seed: int) -> Dra
     qkv = torch.randn(shape, generator=generator).masked_fill(absent, 0.0).to(dtype)
     scale = torch.linspace(*case.scales, case.heads)
     table = 16 * torch.rand(case.heads, *(2 * w - 1 for w in case.window), generator=generator)
-    inputs = [x.to(device) for x in (qkv, scale, table)]
-    plain, exact = (attend(case, x, "reference") for x in (inputs, [x.double() for x in inputs]))
-    return Draw(inputs, plain, exact)
+    weight = torch.randn(case.batch, *case.grid, case.heads * case.width, generator=generator)
+    *inputs, weight = (x.to(device) for x in (qkv, scale, table, weight))
+    plain = attend(case, inputs, weight, "reference")
+    exact = attend(case, [x.double() for x in inputs], weight, "reference")
+    return Draw(inputs, weight, plain, exact)
 
 
-def attend(case: Case, inputs: Sequence[Tensor], implementation: str) -> list[Tensor]:
-    """The output, and the gradient of every input for a fixed weighting of the output."""
+def attend(case: Case, inputs: Sequence[Tensor], weight: Tensor, implementation: str) -> list[Tensor]:
+    """The output, and the gradient of every input for a gradient of the output, which is rounded to qkv's type first:
+    what a kernel is given in training is rounded, and that error is part of what plain PyTorch makes."""
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
     shift = [w // 2 if case.shifted else 0 for w in case.window]
     geometry = {"window": case.window, "shift": shift, "mask_value": case.mask_value}
     out = cosine_window_attention(*leaves, **geometry, implementation=implementation)  # type: ignore[arg-type]
-    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
-    gradients = torch.autograd.grad(out, leaves, weight.to(inputs[0]))
-    return [out.detach(), *gradients]
+    return [out.detach(), *torch.autograd.grad(out, leaves, weight.to(out.dtype))]
 
 
 def draws_of(case: Case, dtype: torch.dtype, device: torch.device) -> list[Draw]:
-    """Several where a window is so small that a single one would compare luck."""
-    return [draw(case, dtype, device, seed) for seed in range(4 if math.prod(case.window) <= 64 else 1)]
+    """The more, the smaller the window: single draws of a window of 2x2 are up to 3 times better or worse than plain
+    PyTorch's by luck."""
+    count = min(16, max(1, 256 // math.prod(case.window)))
+    return [draw(case, dtype, device, seed) for seed in range(count)]
 
 
 def compare(case: Case, draws: Sequence[Draw]) -> list[Check]:
     """The kernel of the draws' device against its budget: a check for each of TENSORS, and for a second run."""
     first = draws[0].inputs
     name, kernel = _name(first[0].dtype), first[0].device.type
-    ours = [attend(case, draw.inputs, kernel) for draw in draws]
+    ours = [attend(case, draw.inputs, draw.weight, kernel) for draw in draws]
     exact = [draw.exact for draw in draws]
     errors, size = _rms(ours, exact), _rms(exact)
     plain = _rms([draw.plain for draw in draws], exact)
@@ -199,7 +203,7 @@ def compare(case: Case, draws: Sequence[Draw]) -> list[Check]:
     for i, tensor in enumerate(TENSORS):
         budget = (GRADIENTS if i else VALUES) * plain[i] + FLOOR * (size[i] + (100 if i else 1))
         checks.append(Check(str(case), name, tensor, errors[i], budget))
-    again = attend(case, first, kernel)
+    again = attend(case, first, draws[0].weight, kernel)
     difference = max(float((a.double() - b.double()).abs().max()) for a, b in zip(ours[0], again, strict=True))
     return [*checks, Check(str(case), name, REPEATED, difference, 0.0)]
 

@@ -248,7 +248,7 @@ def test_mistakes_end_with_one_clear_message(launch: Launch, shards: Path, tmp_p
 @pytest.mark.skipif("cpu" in native.missing, reason=native.missing.get("cpu", ""))
 def test_a_kernel_that_fails_its_self_check_is_refused(launch: Launch, shards: Path, monkeypatch) -> None:
     monkeypatch.setenv(native.FORCE, "none")  # the kernel raises
-    settings = [*classification(shards), "micro_batch=4", "steps=1"]
+    settings = [*classification(shards), "micro_batch=4"]
     refused = launch("x", *settings, ranks=2)
     assert refused.returncode != 0
     assert "rank 0: the cpu attention kernel fails its self-check at window 7x9" in refused.output
