@@ -184,6 +184,7 @@ setup(
         "wandb>=0.20",
         "safetensors>=0.5",
         "numpy",
+        "packaging",
         "pillow",
         "pyyaml",
         "rich",

@@ -15,22 +15,19 @@ is what forward and backward in a process of its own add to the inputs at their 
 """
 
 import argparse
-import functools
 import os
-import statistics
 import subprocess
 import sys
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
-from swinv2_scale.ops import cosine_window_attention, native, windows
+from swinv2_scale.ops import native
+from swinv2_scale.ops.comparison import MASK, Attention, Shape, draw, measure, on_windows, plain, sdpa
 
 # Type, batch, side of the map, window, heads. The windows are those of Swin V2 at 256, 256, 384 and 1536 pixels.
 SHAPES = (
@@ -41,50 +38,6 @@ SHAPES = (
     ("float32", 16, 48, 24, 6),
 )
 SWEEP = tuple((kind, 1, w * max(2, 64 // w), w, 3) for kind in ("bfloat16", "float32") for w in range(2, 65))
-WIDTH = 32  # of a head, in every Swin V2
-MASK = -100.0
-
-Shape = tuple[str, int, int, int, int]
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-def plain(shape: Shape, implementation: str = "reference") -> Attention:
-    """An implementation of the operator by name, on windows that are shifted by half."""
-    window = shape[3]
-    return functools.partial(
-        cosine_window_attention,
-        window=(window, window),
-        shift=(window // 2, window // 2),
-        mask_value=MASK,
-        implementation=implementation,
-    )
-
-
-def partitioned(shape: Shape, device: str, attend: Callable[..., Tensor]) -> Attention:
-    """Partition, `attend(q, k, v, bias_table, index, region)`, merge; q has length exp(logit_scale), k has length 1.
-
-    q, k, v are (B, M, H, N, D), index (N, N) is the place of each pair in the table, region (M, N) as in windows.py.
-    """
-    _, _, side, w, _ = shape
-    geometry = (side, side), (w, w), (w // 2, w // 2)
-    index = windows.relative_index((w, w), torch.device(device))
-    region = windows.regions(*geometry, torch.device(device))
-
-    def attention(qkv: Tensor, logit_scale: Tensor, bias_table: Tensor) -> Tensor:
-        x = windows.partition(qkv.flatten(-3), *geometry[1:]).unflatten(-1, qkv.shape[-3:])
-        q, k, v = x.permute(3, 0, 1, 4, 2, 5).unbind(0)
-        q = F.normalize(q.float(), dim=-1) * logit_scale.clamp(max=4.6).exp()[:, None, None]
-        k = F.normalize(k.float(), dim=-1)
-        out = attend(q.to(v.dtype), k.to(v.dtype), v, bias_table, index, region)
-        return windows.merge(out.transpose(-2, -3).flatten(-2), *geometry)
-
-    return attention
-
-
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, bias_table: Tensor, index: Tensor, region: Tensor) -> Tensor:
-    apart = (region[:, :, None] != region[:, None, :])[:, None]
-    mask = bias_table.flatten(1)[:, index] + torch.where(apart, MASK, 0.0)  # (M, H, N, N)
-    return F.scaled_dot_product_attention(q, k, v, mask.to(v.dtype).expand(len(q), -1, -1, -1, -1), scale=1.0)
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, bias_table: Tensor, index: Tensor, region: Tensor) -> Tensor:
@@ -102,68 +55,12 @@ def implementations(shape: Shape, device: str, names: Sequence[str]) -> dict[str
     """Those of `names`, by name."""
     makers: dict[str, Callable[[], Attention]] = {
         "plain": lambda: plain(shape),
-        "sdpa": lambda: partitioned(shape, device, _sdpa),
+        "sdpa": lambda: sdpa(shape, device),
         "compile": lambda: torch.compile(plain(shape), dynamic=False),
-        "flex": lambda: torch.compile(partitioned(shape, device, _flex), dynamic=False),
+        "flex": lambda: torch.compile(on_windows(shape, device, _flex), dynamic=False),
         "kernel": lambda: plain(shape, device),
     }
     return {name: makers[name]() for name in names}
-
-
-def draw(shape: Shape, device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """qkv, logit_scale and bias_table of a shape, to be differentiated."""
-    kind, batch, side, window, heads = shape
-    generator = torch.Generator().manual_seed(0)
-    qkv = torch.randn(batch, side, side, 3, heads, WIDTH, generator=generator).to(device, getattr(torch, kind))
-    table = 16 * torch.rand(heads, 2 * window - 1, 2 * window - 1, generator=generator)
-    return (
-        qkv.requires_grad_(),
-        torch.full((heads,), 2.3, device=device).requires_grad_(),
-        table.to(device).requires_grad_(),
-    )
-
-
-def milliseconds(work: Callable[[], None], device: str, at_least: float = 0.02) -> float:
-    """Of one call, the mean over as many as fill `at_least` seconds."""
-    calls, begin = 0, time.perf_counter()
-    while (elapsed := time.perf_counter() - begin) < at_least or not calls:
-        work()
-        calls += 1
-        if device == "cuda":
-            torch.cuda.synchronize()
-    return elapsed / calls * 1e3
-
-
-def measure(shape: Shape, device: str, names: Sequence[str], rounds: int) -> dict[str, tuple[float, float]]:
-    """Milliseconds of forward and of forward with backward by name; NaN for what an implementation cannot do."""
-    torch._dynamo.reset()  # otherwise torch.compile counts every shape as one more recompilation, up to its limit
-    tensors = draw(shape, device)
-    grad = torch.randn_like(tensors[0][..., 0, :, :].flatten(-2))
-
-    def forward(attention: Attention) -> None:
-        with torch.no_grad():
-            attention(*tensors)
-
-    def both(attention: Attention) -> None:
-        torch.autograd.grad(attention(*tensors), tensors, grad)
-
-    works: dict[tuple[str, int], Callable[[], None]] = {}
-    times: dict[tuple[str, int], list[float]] = {}
-    for name, attention in implementations(shape, device, names).items():
-        trains = name != "flex" or device == "cuda"
-        for place, work in enumerate((forward, both)[: 1 + trains]):
-            works[name, place] = functools.partial(work, attention)
-            try:
-                works[name, place]()
-                times[name, place] = []
-            except Exception as error:  # a compiler may fail in its own ways
-                print(f"{name} {('forward', 'training')[place]}: {str(error).splitlines()[0][:200]}", file=sys.stderr)
-                del works[name, place]
-    for _ in range(rounds):
-        for place, work in works.items():
-            times[place].append(milliseconds(work, device))
-    median = {place: statistics.median(values) for place, values in times.items()}
-    return {name: (median.get((name, 0), float("nan")), median.get((name, 1), float("nan"))) for name in names}
 
 
 def added_memory(shape: Shape, device: str, name: str) -> float:
@@ -208,7 +105,9 @@ def report(shapes: Sequence[Shape], device: str, names: Sequence[str], rounds: i
     print(row(["---"] * (len(heads) + memory * len(names))))
     for shape in shapes:
         kind, batch, side, window, count = shape
-        times = measure(shape, device, names, rounds)
+        torch._dynamo.reset()  # otherwise torch.compile counts every shape as one more recompilation, up to its limit
+        untrained = () if device == "cuda" else ("flex",)
+        times = measure(shape, device, implementations(shape, device, names), rounds, untrained)
         cells = [f"{batch * (side // window) ** 2}, {count}, {window * window}", kind]
         cells += [f"{times[name][0]:.1f} / {times[name][1]:.1f}" for name in names]
         for place in (0, 1):

@@ -298,16 +298,31 @@ __device__ __forceinline__ void multiply_add(float (&result)[Width / 8][4], cons
   const int lane = threadIdx.x % 32;
   if constexpr (sizeof(T) == 4) {
 #pragma unroll
-    for (int k = 0; k < 8 * N; ++k) {  // column k of p is with lane k / 2 % 4 of the four that share the rows
-      const int owner = (lane & ~3) | (k / 2 % 4);
-      const float p0 = gpu::shuffle(p[k / 8][k % 2], owner), p1 = gpu::shuffle(p[k / 8][2 + k % 2], owner);
+    for (int first = 0; first < 8 * N; first += 4) {
+      float p0[4], p1[4];
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {  // column k of p is with lane k / 2 % 4 of the four that share the rows
+        const int owner = (lane & ~3) | ((first + k) / 2 % 4);
+        p0[k] = gpu::shuffle(p[first / 8][k % 2], owner);
+        p1[k] = gpu::shuffle(p[first / 8][2 + k % 2], owner);
+      }
 #pragma unroll
       for (int n = 0; n < Width / 8; ++n) {
-        const float2 pair = load_pair(b + k * stride + 8 * n + lane % 4 * 2);
-        result[n][0] = fmaf(p0, pair.x, result[n][0]);
-        result[n][1] = fmaf(p0, pair.y, result[n][1]);
-        result[n][2] = fmaf(p1, pair.x, result[n][2]);
-        result[n][3] = fmaf(p1, pair.y, result[n][3]);
+        // The sum of four comes first, as thousands of keys in a row lose digits; at width 128 registers are too few.
+        constexpr bool by_fours = Width <= 64;
+        float sum[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sum[i] = by_fours ? 0.0f : result[n][i];
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          const float2 pair = load_pair(b + (first + k) * stride + 8 * n + lane % 4 * 2);
+          sum[0] = fmaf(p0[k], pair.x, sum[0]);
+          sum[1] = fmaf(p0[k], pair.y, sum[1]);
+          sum[2] = fmaf(p1[k], pair.x, sum[2]);
+          sum[3] = fmaf(p1[k], pair.y, sum[3]);
+        }
+#pragma unroll
+        for (int i = 0; i < 4; ++i) result[n][i] = by_fours ? result[n][i] + sum[i] : sum[i];
       }
     }
   } else {

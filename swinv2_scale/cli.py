@@ -1,4 +1,4 @@
-"""The command line: `swinv2-scale data|checkpoint|report …`.
+"""The command line: `swinv2-scale data|checkpoint|embed|report|doctor`.
 
 Each command is one `_add_…` function that declares its arguments, and one `_…` function that runs it and returns the
 exit code. Heavy modules are imported where they are used, so that `--help` answers at once. A ValueError is the user's
@@ -22,6 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_checkpoint(commands)
     _add_embed(commands)
     _add_report(commands)
+    _add_doctor(commands)
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
@@ -295,6 +296,20 @@ def _report(arguments: argparse.Namespace) -> int:
         write_report(run_dir)
         print(headline(run_dir))
     return 0
+
+
+def _add_doctor(commands: Any) -> None:
+    doctor = commands.add_parser("doctor", help="check this installation; exit code 1 if something does not work")
+    doctor.add_argument("--quick", action="store_true", help="a short self-check of the kernel, and no timing")
+    doctor.add_argument("--json", action="store_true", help="print one JSON object")
+    doctor.add_argument("--device", choices=("cpu", "cuda"), help="whose kernel is checked; default: that of training")
+    doctor.set_defaults(run=_doctor)
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from swinv2_scale.doctor import doctor
+
+    return doctor(arguments.device, quick=arguments.quick, as_json=arguments.json)
 
 
 if __name__ == "__main__":

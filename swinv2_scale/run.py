@@ -20,6 +20,7 @@ from swinv2_scale.data.stream import Order, Stream, evaluation_stream, training_
 from swinv2_scale.engine import Engine, build_engine, cast, deepspeed_config
 from swinv2_scale.models import memory
 from swinv2_scale.models.convert import describe, load_checkpoint
+from swinv2_scale.ops import native, selfcheck
 from swinv2_scale.optim import Schedule, parameter_groups
 from swinv2_scale.telemetry import RECORD, Telemetry
 from swinv2_scale.train import Evaluation, Task, evaluate, train
@@ -71,6 +72,7 @@ def training(cfg: Any) -> None:
     run_dir = open_run_dir(cfg)
     telemetry = open_telemetry(cfg, steps, order.steps_per_epoch)
     # 3  model and engine, with the state of the newest checkpoint if there is one
+    check_kernel(cfg.memory.attention)
     identity = {"seed": cfg.seed, "global_batch": cfg.global_batch, "data": data.hash[:16]}
     identity |= {f"model.{key}": value for key, value in config.plain(cfg.model).items()}
     model, engine, start = open_model(cfg, task, run_dir, identity, telemetry)
@@ -164,6 +166,19 @@ def open_model(
         config.write_copy(cfg, run_dir)
         (run_dir / "deepspeed.json").write_text(json.dumps(ds_config, indent=1) + "\n")
     return model, engine, start
+
+
+def check_kernel(attention: str) -> None:
+    """Refuse to train, on all ranks, where the kernel that memory.attention chooses fails on any. Collective."""
+    device, problem = distributed.device(), ""
+    if attention in ("auto", device.type) and device.type not in native.missing:
+        try:
+            selfcheck.check_kernel(device)
+        except ValueError as error:
+            problem = str(error)
+    for rank, found in enumerate(distributed.gathered(problem)):
+        if found:
+            raise ValueError(f"rank {rank}: {found}")
 
 
 def open_stream(cfg: Any, task: Task, data: Manifest, start: int, stop: int) -> Stream:

@@ -189,18 +189,20 @@ class Block {
     warps_.assign(threads / WARP, Meeting());
     block_ = Meeting();
     finished_ = 0;
-    runnable_.clear();
+    for (auto& list : runnable_) list.clear();
+    fast_ = random();
     for (int i = 0; i < threads; ++i) {
       if (!fibers_[i]) fibers_[i].reset(new Fiber);
       fibers_[i]->prepare(&Block::enter);
-      runnable_.push_back(i);
+      wake(i);
     }
     current_block = this;
-    while (!runnable_.empty() && error_.empty()) {
-      const size_t draw = random() % runnable_.size();
-      current_ = runnable_[draw];
-      runnable_[draw] = runnable_.back();
-      runnable_.pop_back();
+    while (error_.empty() && !(runnable_[0].empty() && runnable_[1].empty())) {
+      const bool fast = runnable_[0].empty() || (!runnable_[1].empty() && random() % 16 != 0);
+      std::vector<int>& list = runnable_[fast];
+      std::swap(list[random() % list.size()], list.back());
+      current_ = list.back();
+      list.pop_back();
       fibers_[current_]->resume(scheduler_);
     }
     current_block = nullptr;
@@ -237,17 +239,17 @@ class Block {
     meet(warps_[warp], warp * WARP, WARP, kind, argument, act);
   }
 
+  // Lands now or when it is waited for: either may happen.
   void copy_later(void* destination, const void* source, bool exists) {
-    threads_[current_].copies.push_back({destination, source, exists});
+    const Copy copy = {destination, source, exists};
+    if (random() % 2 == 0) {
+      copy.land();
+    } else {
+      threads_[current_].copies.push_back(copy);
+    }
   }
   void complete_copies() {
-    for (const Copy& copy : threads_[current_].copies) {
-      if (copy.exists) {
-        std::memcpy(copy.destination, copy.source, 16);
-      } else {
-        std::memset(copy.destination, 0, 16);
-      }
-    }
+    for (const Copy& copy : threads_[current_].copies) copy.land();
     threads_[current_].copies.clear();
   }
 
@@ -265,6 +267,14 @@ class Block {
     void* destination;
     const void* source;
     bool exists;
+
+    void land() const {
+      if (exists) {
+        std::memcpy(destination, source, 16);
+      } else {
+        std::memset(destination, 0, 16);
+      }
+    }
   };
   struct Thread {
     void* argument = nullptr;
@@ -301,12 +311,14 @@ class Block {
       act(arguments);
     }
     for (int i = first; i < first + count; ++i) {
-      if (i != self) runnable_.push_back(i);
+      wake(i);
     }
     // the last to arrive has no right to go on first
-    runnable_.push_back(self);
     fibers_[self]->yield(scheduler_, false);
   }
+
+  // About half of the warps are fast: they run ahead of the others as far as barriers let them.
+  void wake(int thread) { runnable_[fast_ >> thread / WARP & 1].push_back(thread); }
 
   uint64_t random() {
     state_ ^= state_ << 13;
@@ -318,14 +330,14 @@ class Block {
   const std::function<void()>* kernel_ = nullptr;
   unsigned number_ = 0;
   int current_ = 0, finished_ = 0, shared_bytes_ = 0;
-  uint64_t state_ = 1;
+  uint64_t state_ = 1, fast_ = 0;
   std::string error_;
   Fiber scheduler_;
   std::vector<std::unique_ptr<Fiber>> fibers_;
   std::vector<Thread> threads_;
   std::vector<Meeting> warps_;
   Meeting block_;
-  std::vector<int> runnable_;
+  std::vector<int> runnable_[2];  // of slow warps, of fast ones
   std::vector<std::unique_ptr<void, void (*)(void*)>> shared_;
   std::vector<int> shared_sizes_;
 };

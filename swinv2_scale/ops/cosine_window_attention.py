@@ -90,15 +90,23 @@ def cosine_window_attention(
     return windows.merge(out, grid, window, shift)
 
 
-def _choose(qkv: Tensor, logit_scale: Tensor, bias_table: Tensor, window: Sequence[int]) -> str:
-    """The kernel of qkv's device or the reference, said once. float64 is for exactness: it goes to the reference."""
+def why_reference(qkv: Tensor, logit_scale: Tensor, bias_table: Tensor, window: Sequence[int]) -> str | None:
+    """Why "auto" takes the reference for these arguments, or None if it takes the kernel of qkv's device.
+
+    float64 is for exactness: it goes to the reference.
+    """
     device = qkv.device.type
     if device not in ("cpu", "cuda"):
-        reason: str | None = f"there is no kernel for {device}"
-    elif qkv.dtype == torch.float64:
-        reason = "qkv is float64"
-    else:
-        reason = native.unfit(device, qkv, logit_scale, bias_table, window)
+        return f"there is no kernel for {device}"
+    if qkv.dtype == torch.float64:
+        return "qkv is float64"
+    return native.unfit(device, qkv, logit_scale, bias_table, window)
+
+
+def _choose(qkv: Tensor, logit_scale: Tensor, bias_table: Tensor, window: Sequence[int]) -> str:
+    """The kernel of qkv's device or the reference, said once."""
+    device = qkv.device.type
+    reason = why_reference(qkv, logit_scale, bias_table, window)
     if not torch.compiler.is_compiling():
         message = f"{device} kernel" if reason is None else f"reference on {device}: {reason}"
         if message not in _said:

@@ -5,6 +5,7 @@ returns out (B, *grid, H·D) and the log-sum-exp of every row (B, *grid, H); bac
 """
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ MAX_WINDOW = 64  # tokens per axis
 MAX_CUDA_TOKENS = 4096  # of a window
 WIDTHS = range(8, 129, 8)  # of a head
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
+INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512_bf16", "amx_bf16")  # that setup.py compiles for x86-64
+FORCE = "SWINV2_SCALE_INSTRUCTION_SET"  # names the one to use instead of the best
 REMEDY = {
     "cpu": "with a C++ compiler and torch>=2.10 installed, run pip install again in the checkout",
     "cuda": "with a C++ compiler, nvcc and a PyTorch with CUDA installed, run pip install again in the checkout",
@@ -63,6 +66,24 @@ def unfit(  # noqa: PLR0911 one line per reason
     if logit_scale.dtype != exact or bias_table.dtype != exact:
         return f"logit_scale and bias_table must be {exact} for qkv in {qkv.dtype}"
     return None
+
+
+def instruction_sets() -> list[str]:
+    """Those of the CPU kernel that this processor has, the best last, as the kernel lists them when it is asked for
+    another."""
+    forced = os.environ.get(FORCE)
+    os.environ[FORCE] = "none"
+    try:
+        operator = torch.ops.swinv2_scale.cosine_window_attention_forward
+        operator(torch.ones(1, 1, 1, 3, 1, 8), torch.ones(1), torch.ones(1, 1, 1), [1, 1], [0, 0], 0.0)
+    except RuntimeError as error:
+        return str(error).partition("but this processor has")[2].splitlines()[0].split()
+    finally:
+        if forced is None:
+            del os.environ[FORCE]
+        else:
+            os.environ[FORCE] = forced
+    raise AssertionError("the kernel took an instruction set that does not exist")
 
 
 def cosine_window_attention(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from swinv2_scale.data.manifest import open_manifest
 from swinv2_scale.data.shards import read_sample
+from swinv2_scale.ops import native
 
 Launch = Callable[..., Run]
 STEPS = 6
@@ -242,6 +243,17 @@ def test_mistakes_end_with_one_clear_message(launch: Launch, shards: Path, tmp_p
     for run in (misspelt, missing, batch, other_model, other_data, classes):
         assert "Traceback" not in run.output
         assert len(run.output.splitlines()) < 40
+
+
+@pytest.mark.skipif("cpu" in native.missing, reason=native.missing.get("cpu", ""))
+def test_a_kernel_that_fails_its_self_check_is_refused(launch: Launch, shards: Path, monkeypatch) -> None:
+    monkeypatch.setenv(native.FORCE, "none")  # the kernel raises
+    settings = [*classification(shards), "micro_batch=4"]
+    refused = launch("x", *settings, ranks=2)
+    assert refused.returncode != 0
+    assert "rank 0: the cpu attention kernel fails its self-check at window 7x9" in refused.output
+    trained = launch("x", *settings, "memory.attention=reference", ranks=2)
+    assert trained.returncode == 0, trained.output
 
 
 def test_a_sample_that_does_not_decode_is_replaced_and_counted(launch: Launch, shards: Path, tmp_path: Path) -> None:

@@ -7,63 +7,28 @@ import logging
 import math
 import subprocess
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from test_operator import draw, half, run
+from test_operator import draw, run
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from swinv2_scale.ops import cosine_window_attention, native
+from swinv2_scale.ops import cosine_window_attention, native, selfcheck
+from swinv2_scale.ops.selfcheck import Case
 
 module = importlib.import_module("swinv2_scale.ops.cosine_window_attention")  # the package exports the function
 pytestmark = pytest.mark.skipif("cpu" in native.missing, reason=native.missing.get("cpu", ""))
 
-FORCE = "SWINV2_SCALE_INSTRUCTION_SET"
-TYPES = (torch.float32, torch.bfloat16, torch.float16)
-VALUES, GRADIENTS = 2.0, 3.0  # times the error of plain PyTorch
-# What rounding of float32 leaves where plain PyTorch is exact: per element, and relative to the largest scale, 100.
-FLOOR = 2e-6
-
-LAYOUTS = [  # window, a grid that it divides, a grid that it does not
-    ((1, 1), (4, 5), (3, 1)),
-    ((2, 2), (6, 8), (5, 7)),
-    ((3, 3), (6, 9), (7, 8)),
-    ((5, 5), (10, 5), (11, 8)),
-    ((7, 7), (14, 14), (9, 15)),
-    ((8, 8), (16, 8), (13, 9)),
-    ((12, 12), (12, 24), (13, 20)),
-    ((16, 16), (16, 32), (19, 17)),
-    ((24, 24), (24, 24), (25, 20)),
-    ((7, 9), (14, 9), (10, 11)),
-    ((1, 8), (3, 16), (3, 13)),
-    ((2, 7, 7), (2, 14, 7), (3, 9, 8)),
-]
-LARGE = [
-    ((32, 32), (32, 32), (33, 40)),
-    ((48, 48), (48, 48), (50, 40)),
-    ((8, 16, 16), (8, 16, 16), (9, 16, 13)),
-    ((64, 64), (64, 64), (65, 30)),
-]
-
-
-def instruction_sets() -> list[str]:
-    """All that this processor has, as the kernel's own message lists them."""
-    code = (
-        "import torch; from swinv2_scale.ops import cosine_window_attention as f\n"
-        "f(torch.ones(1, 1, 1, 3, 1, 8), torch.ones(1), torch.ones(1, 1, 1), window=(1, 1), shift=(0, 0),"
-        " implementation='cpu')"
-    )
-    environment = {"PYTHONPATH": str(Path(__file__).parents[2]), FORCE: "none"}
-    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-    assert "but this processor has" in result.stderr, result.stderr
-    return result.stderr.split("but this processor has")[1].split("\n")[0].split()
+CPU = torch.device("cpu")
+LARGE = [*selfcheck.LARGE, ((64, 64), (64, 64), (65, 30))]
 
 
 @pytest.fixture(scope="module")
 def sets() -> list[str]:
-    return instruction_sets()
+    return native.instruction_sets()
 
 
 @pytest.fixture
@@ -73,93 +38,44 @@ def single_thread():
     torch.set_num_threads(before)
 
 
-def within_budget(draws: list[list[list[Tensor]]], label: object) -> None:
-    """Errors of ours and of plain PyTorch against exact results, root mean square over draws."""
-    ours, plain, size, count = ([0.0] * 4 for _ in range(4))
-    for triple in draws:
-        for i, (a, b, c) in enumerate(zip(*triple, strict=True)):
-            assert a.dtype == b.dtype and a.shape == c.shape and a.isfinite().all(), label
-            ours[i] += (a.double() - c).square().sum().item()
-            plain[i] += (b.double() - c).square().sum().item()
-            size[i] += c.square().sum().item()
-            count[i] += c.numel()
-    # A handful of scales, each a sum that cancels, cannot tell accuracy from luck: the table's error counts too.
-    plain[2] = max(plain[2], plain[3] * size[2] / max(size[3], 1e-30))
-    for i, name in enumerate(("out", "qkv", "logit_scale", "bias_table")):
-        floor = FLOOR * (size[i] ** 0.5 + count[i] ** 0.5 * (1 if i == 0 else 100))
-        errors = ours[i] ** 0.5, plain[i] ** 0.5
-        assert errors[0] <= (GRADIENTS if i else VALUES) * errors[1] + floor, (name, errors, size[i] ** 0.5, label)
-
-
-def check_layout(window, grid, *, shift, batch, mask_value, scale, zeros, heads, width, sets, monkeypatch) -> None:
-    arguments = {"window": window, "shift": shift, "mask_value": mask_value}
-    _, scales, table = (x.detach().float() for x in draw(grid, window, heads=heads, width=width))
-    if scale is not None:
-        scales = torch.full_like(scales, scale)
-    shape = (batch, *grid, 3, heads, width)
-    for dtype in TYPES:
-        draws: dict[str, list[list[list[Tensor]]]] = {name: [] for name in sets}
-        for seed in range(4 if math.prod(window) <= 64 else 1):
-            generator = torch.Generator().manual_seed(seed)
-            zero = torch.rand(*shape[:-3], 1, 1, 1, generator=generator) < zeros
-            rounded = [torch.randn(shape, generator=generator).masked_fill(zero, 0.0).to(dtype), scales, table]
-            exact = run(cosine_window_attention, [x.double() for x in rounded], **arguments, implementation="reference")
-            plain = run(cosine_window_attention, rounded, **arguments, implementation="reference")
-            for name in sets:
-                monkeypatch.setenv(FORCE, name)
-                ours = run(cosine_window_attention, rounded, **arguments, implementation="cpu")
-                draws[name].append([ours, plain, exact])
+def check(cases: Iterable[Case], sets: Sequence[str], monkeypatch) -> None:
+    for case, dtype in itertools.product(cases, native.TYPES):
+        draws = selfcheck.draws_of(case, dtype, CPU)
         for name in sets:
-            within_budget(draws[name], (name, dtype, grid, arguments))
+            monkeypatch.setenv(native.FORCE, name)
+            failed = [str(check) for check in selfcheck.compare(case, draws) if not check.passed]
+            assert not failed, (name, failed)
 
 
-@pytest.mark.parametrize(("window", "divided", "ragged"), LAYOUTS, ids=lambda x: "x".join(map(str, x)))
-def test_error_budget(window, divided, ragged, sets, monkeypatch) -> None:
-    both = {"heads": 3, "sets": sets, "monkeypatch": monkeypatch}
-    # Heads from about 1 to beyond the clamp, a width that is not a whole vector, flat windows.
-    check_layout(
-        window, divided, shift=half(window, False), batch=3, mask_value=-100.0, scale=None, zeros=0, width=24, **both
-    )
-    check_layout(
-        window, ragged, shift=half(window, True), batch=1, mask_value=-100.0, scale=0.0, zeros=0.3, width=32, **both
-    )
-    check_layout(
-        window, ragged, shift=half(window, True), batch=2, mask_value=-math.inf, scale=4.7, zeros=0, width=8, **both
-    )
+@pytest.mark.parametrize("layout", selfcheck.LAYOUTS, ids=lambda x: "x".join(map(str, x[0])))
+def test_error_budget(layout, sets, monkeypatch) -> None:
+    check(selfcheck.variants(*layout), sets, monkeypatch)
 
 
-@pytest.mark.parametrize(("window", "divided", "ragged"), LARGE, ids=lambda x: "x".join(map(str, x)))
-def test_error_budget_of_large_windows(window, divided, ragged, sets, monkeypatch) -> None:
-    """One head, the best instruction set; the last of each is the one that is used by default."""
-    both = {"heads": 1, "batch": 1, "zeros": 0, "sets": sets[-1:], "monkeypatch": monkeypatch, "width": 32}
-    if math.prod(window) <= 1024:
-        check_layout(window, ragged, shift=half(window, True), mask_value=-math.inf, scale=2.3, **both)
-    check_layout(window, divided, shift=half(window, True), mask_value=-100.0, scale=2.3, **both)
+@pytest.mark.parametrize("layout", LARGE, ids=lambda x: "x".join(map(str, x[0])))
+def test_error_budget_of_large_windows(layout, sets, monkeypatch) -> None:
+    """The best instruction set; the last is the one that is used by default."""
+    check(selfcheck.large_variants(*layout), sets[-1:], monkeypatch)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("window", "divided", "ragged"), LARGE, ids=lambda x: "x".join(map(str, x)))
-def test_error_budget_of_large_windows_everywhere(window, divided, ragged, sets, monkeypatch) -> None:
-    for grid, mask_value, scale in itertools.product((divided, ragged), (-100.0, -math.inf), (0.0, 4.7)):
-        check_layout(
-            window, grid, shift=half(window, True), batch=2, mask_value=mask_value, scale=scale, zeros=0.1, heads=2,
-            width=32, sets=sets, monkeypatch=monkeypatch,
-        )  # fmt: skip
+@pytest.mark.parametrize("layout", LARGE, ids=lambda x: "x".join(map(str, x[0])))
+def test_error_budget_of_large_windows_everywhere(layout, sets, monkeypatch) -> None:
+    window, *grids = layout
+    for grid, mask_value, scale in itertools.product(grids, (-100.0, -math.inf), (0.0, 4.7)):
+        case = Case(window, grid, batch=2, heads=2, mask_value=mask_value, scales=(scale, scale), zeros=0.1)
+        check([case], sets, monkeypatch)
 
 
-@pytest.mark.parametrize("width", [16, 40, 64, 96, 128])
-def test_head_widths(width, sets, monkeypatch) -> None:
-    check_layout(
-        (5, 7), (9, 10), shift=(2, 3), batch=1, mask_value=-100.0, scale=2.3, zeros=0, heads=2, width=width, sets=sets,
-        monkeypatch=monkeypatch,
-    )  # fmt: skip
+def test_head_widths(sets, monkeypatch) -> None:
+    check(selfcheck.widths(), sets, monkeypatch)
 
 
-@pytest.mark.parametrize("dtype", [*TYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [*native.TYPES, torch.float64], ids=str)
 def test_all_zero_tokens(dtype, sets, monkeypatch) -> None:
     qkv, *rest = draw((5, 6), (3, 4), batch=2, dtype=dtype)
     for name in sets:
-        monkeypatch.setenv(FORCE, name)
+        monkeypatch.setenv(native.FORCE, name)
         results = [
             run(
                 cosine_window_attention,
@@ -180,7 +96,7 @@ def test_float64_is_exact(sets, monkeypatch) -> None:
     arguments = {"window": (5, 7), "shift": (2, 3)}
     expected = run(cosine_window_attention, inputs, **arguments, implementation="reference")
     for name in sets:
-        monkeypatch.setenv(FORCE, name)
+        monkeypatch.setenv(native.FORCE, name)
         for ours, theirs in zip(
             run(cosine_window_attention, inputs, **arguments, implementation="cpu"), expected, strict=True
         ):
@@ -194,7 +110,7 @@ def test_gradcheck(grid, window, shift) -> None:
     assert torch.autograd.gradcheck(lambda *x: cosine_window_attention(*x, **arguments), inputs, fast_mode=True)
 
 
-@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("dtype", native.TYPES, ids=str)
 def test_opcheck(dtype) -> None:
     inputs = draw((9, 7), (4, 4), batch=2, dtype=dtype)
     forward = torch.ops.swinv2_scale.cosine_window_attention_forward
@@ -216,11 +132,11 @@ def test_log_sum_exp() -> None:
     assert (lse - expected).abs().max() < 2e-5
 
 
-@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("dtype", native.TYPES, ids=str)
 def test_runs_are_equal_whatever_the_threads(dtype, sets, monkeypatch, single_thread) -> None:
     inputs = draw((19, 17), (5, 7), batch=3, dtype=dtype)
     for name in sets:
-        monkeypatch.setenv(FORCE, name)
+        monkeypatch.setenv(native.FORCE, name)
         runs = []
         for threads in (1, 1, 2, 3):
             torch.set_num_threads(threads)
@@ -258,7 +174,7 @@ def test_a_scale_that_is_not_a_number_passes_through(sets, monkeypatch) -> None:
     qkv, logit_scale, table = (x.detach().clone() for x in draw((6, 6), (3, 3), dtype=torch.float32))
     logit_scale[1] = math.nan
     for name in sets:
-        monkeypatch.setenv(FORCE, name)
+        monkeypatch.setenv(native.FORCE, name)
         out = cosine_window_attention(qkv, logit_scale, table, window=(3, 3), shift=(1, 1), implementation="cpu")
         head = out.unflatten(-1, (3, 8))
         assert head[..., 1, :].isnan().all() and head[..., [0, 2], :].isfinite().all()

@@ -4,9 +4,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
-from swinv2_scale import config
-from swinv2_scale.run import build_schedule, open_run_dir
+from swinv2_scale import config, distributed
+from swinv2_scale.ops import native, selfcheck
+from swinv2_scale.run import build_schedule, check_kernel, open_run_dir
 
 BASE = ["name=x", "data.train=somewhere", "global_batch=512"]
 
@@ -57,3 +59,20 @@ def test_changed_settings_are_told(tmp_path: Path) -> None:
     changed = config.compose("pretrain", [*BASE, "optim.lr=0.5"])
     assert config.changes(changed, tmp_path / "config.yaml") == ["optim.lr: 0.001 -> 0.5"]
     assert config.changes(changed, tmp_path / "none.yaml") == []
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.skipif("cpu" in native.missing, reason=native.missing.get("cpu", ""))
+def test_training_refuses_a_kernel_that_fails_unless_it_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "device", lambda: torch.device("cpu"))
+    check_kernel("auto")
+    right = native.cosine_window_attention
+    monkeypatch.setattr(native, "cosine_window_attention", lambda *inputs: 1.1 * right(*inputs))
+    for attention in ("auto", "cpu"):
+        with pytest.raises(ValueError, match=r"rank 0: the cpu attention kernel fails .* memory\.attention=reference"):
+            check_kernel(attention)
+    for attention in ("reference", "sequential"):
+        assert attention in selfcheck.REMEDY
+        check_kernel(attention)
+    monkeypatch.setitem(native.missing, "cpu", "it is not built")
+    check_kernel("auto")
