@@ -22,6 +22,7 @@ from setuptools.command.build_ext import build_ext
 here = Path(__file__).parent
 conf = ["swinv2_scale.conf"] + [f"swinv2_scale.conf.{path.name}" for path in (here / "conf").iterdir() if path.is_dir()]
 embed = ["pyarrow>=16"]
+s3 = ["s3fs>=2024.2"]
 export = ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"]
 
 OLDEST_TORCH = (2, 10)  # the first whose stable ABI has what kernels/bindings.cpp uses
@@ -181,6 +182,8 @@ setup(
         "fairscale>=0.4.13",
         "hydra-core>=1.3.2,<2",
         "webdataset>=1.0",
+        "fsspec>=2024.2",
+        "requests>=2.31",
         "wandb>=0.20",
         "safetensors>=0.5",
         "numpy",
@@ -193,16 +196,21 @@ setup(
         "demo": ["scikit-image>=0.24", "scikit-learn>=1.4"],
         "embed": embed,
         "export": export,
+        "s3": s3,
         "test": [
             "pytest>=8",
+            "hypothesis>=6.100",
+            "moto[server]>=5",
             "setuptools>=77",
             "timm>=1.0.20",
             "transformers>=5",
             "ruff==0.17.6",
             "mypy>=1.15",
             "types-PyYAML",
+            "types-requests",
             *embed,
             *export,
+            *s3,
         ],
     },
 )

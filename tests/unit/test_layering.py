@@ -41,6 +41,8 @@ HOMES = {
     "deepspeed": "swinv2_scale/engine.py",
     "wandb": "swinv2_scale/telemetry.py",
     "fairscale": "swinv2_scale/models/memory.py",
+    "requests": "swinv2_scale/data/sources.py",
+    "fsspec": "swinv2_scale/data/sources.py",
     "skimage": "swinv2_scale/data/demo.py",
     "sklearn": "swinv2_scale/data/demo.py",
     "onnxruntime": "swinv2_scale/export.py",
