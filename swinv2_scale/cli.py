@@ -1,8 +1,8 @@
 """The command line: `swinv2-scale data|checkpoint|embed|report|doctor`.
 
 Each command is one `_add_…` function that declares its arguments, and one `_…` function that runs it and returns the
-exit code. Heavy modules are imported where they are used, so that `--help` answers at once. A ValueError is the user's
-to solve: it becomes one line on standard error and exit code 2.
+exit code. Heavy modules are imported where they are used, so that `--help` answers at once. A ValueError or an OSError
+(a file, a disk, a network) is the user's to solve: it becomes one line on standard error and exit code 2.
 """
 
 import argparse
@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         return int(arguments.run(arguments))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
@@ -56,15 +56,19 @@ def _add_data(commands: Any) -> None:
 
     stats = actions.add_parser("stats", help="counts and sizes as JSON")
     stats.add_argument("manifest", help="manifest.json, its directory, or tar files")
+    stats.add_argument("--open-shards", type=int, default=64, help="as data.open_shards; default: 64")
     stats.set_defaults(run=_data_stats)
 
     order = actions.add_parser("order", help="list the samples that a rank reads in each step, one JSON line a step")
-    order.add_argument("manifest", help="manifest.json, its directory, or tar files")
+    order.add_argument("manifests", nargs="+", metavar="MANIFEST", help="manifest.json, its directory, or tar files")
+    order.add_argument("--weights", type=float, nargs="+", help="of several manifests; default: their sizes")
+    order.add_argument("--open-shards", type=int, default=64, help="as data.open_shards; default: 64")
     order.add_argument("--seed", type=int, default=0)
     order.add_argument("--global-batch", type=int, required=True)
     order.add_argument("--micro-batch", type=int, help="default: one pass, global batch / world")
     order.add_argument("--world", type=int, default=1)
     order.add_argument("--rank", type=int, default=0)
+    order.add_argument("--workers", type=int, default=0, help="of the loader, which make no difference")
     order.add_argument("--epoch", type=int, default=0)
     order.add_argument("--start-step", type=int, default=0, help="counted from the start of the epoch")
     order.add_argument("--steps", type=int, help="default: to the end of the epoch")
@@ -101,7 +105,7 @@ def _open_manifest(source: str) -> Any:
     from swinv2_scale.data.manifest import open_manifest
     from swinv2_scale.data.sources import Reader, is_url
 
-    return open_manifest(source, Reader(**config.reading()) if is_url(source) else None)
+    return open_manifest(source, Reader(**config.reading(config.data_defaults())) if is_url(source) else None)
 
 
 def _data_verify(arguments: argparse.Namespace) -> int:
@@ -118,16 +122,18 @@ def _data_verify(arguments: argparse.Namespace) -> int:
 def _data_stats(arguments: argparse.Namespace) -> int:
     from swinv2_scale.data.shards import stats
 
-    print(json.dumps(stats(_open_manifest(arguments.manifest)), indent=1, ensure_ascii=False))
+    manifest = _open_manifest(arguments.manifest)
+    print(json.dumps(stats(manifest, open_shards=arguments.open_shards), indent=1, ensure_ascii=False))
     return 0
 
 
 def _data_order(arguments: argparse.Namespace) -> int:
-    from swinv2_scale.data.shards import read_sample
-    from swinv2_scale.data.stream import Order
+    from swinv2_scale.data.mixture import Mixture
+    from swinv2_scale.data.stream import training_stream
 
-    manifest = _open_manifest(arguments.manifest)
-    order = Order(len(manifest), arguments.seed, arguments.global_batch)
+    weights = None if arguments.weights is None else tuple(arguments.weights)
+    data = Mixture(tuple(map(_open_manifest, arguments.manifests)), weights, arguments.open_shards)
+    order = data.order(seed=arguments.seed, global_batch=arguments.global_batch)
     micro_batch = arguments.micro_batch or arguments.global_batch // arguments.world
     if not micro_batch or arguments.global_batch % (arguments.world * micro_batch):
         raise ValueError(
@@ -136,11 +142,28 @@ def _data_order(arguments: argparse.Namespace) -> int:
         )
     if not 0 <= arguments.rank < arguments.world:
         raise ValueError(f"--rank {arguments.rank} is not one of 0 to {arguments.world - 1}, the ranks of --world")
-    begin = arguments.epoch * order.steps_per_epoch + arguments.start_step
+    for name in ("workers", "epoch", "start_step"):
+        if (value := getattr(arguments, name)) < 0:
+            raise ValueError(f"--{name.replace('_', '-')} {value} is negative; choose 0 or more")
     steps = order.steps_per_epoch - arguments.start_step if arguments.steps is None else arguments.steps
+    begin = arguments.epoch * order.steps_per_epoch + arguments.start_step
+    stream = training_stream(
+        data,
+        order,
+        lambda sample: sample,
+        lambda samples: {name: [sample[name] for sample in samples] for name in ("key", "corrupt", "reads")},
+        micro_batch=micro_batch,
+        rank=arguments.rank,
+        world_size=arguments.world,
+        workers=arguments.workers,
+        start_step=begin,
+        stop_step=begin + steps,
+        max_corrupt_share=1.0,
+    )
+    passes = arguments.global_batch // (arguments.world * micro_batch)
+    batches = iter(stream)
     for step in range(begin, begin + steps):
-        parts = order.micro_batches(step, arguments.rank, arguments.world, micro_batch)
-        keys = [read_sample(manifest, index)[0] for part in parts for index in part.tolist()]
+        keys = [key for _ in range(passes) for key in next(batches)["key"]]
         print(json.dumps({"step": step, "keys": keys}, ensure_ascii=False))
     return 0
 

@@ -94,10 +94,14 @@ def compose_model(size: str, **arguments: Any) -> DictConfig:
     return cfg
 
 
-def reading(data: Any = None) -> dict[str, Any]:
-    """What `data`, by default conf/data/shards.yaml, says of how shards are read: the arguments of sources.Reader."""
-    data = _compose("data/shards", []).data if data is None else data
-    return {str(key): data[key] for key in data if key not in ("train", "validation")}
+def data_defaults() -> Any:
+    """conf/data/shards.yaml."""
+    return _compose("data/shards", []).data
+
+
+def reading(data: Any) -> dict[str, Any]:
+    """What conf/data says of how shards are read: the arguments of sources.Reader."""
+    return {str(key): data[key] for key in data if key not in ("train", "validation", "weights", "open_shards")}
 
 
 def instantiate(node: Any, **arguments: Any) -> Any:

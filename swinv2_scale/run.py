@@ -15,8 +15,10 @@ from torch import nn
 
 from swinv2_scale import checkpoint, config, distributed, report
 from swinv2_scale.data.manifest import Manifest, open_manifest
+from swinv2_scale.data.mixture import Mixture, open_mixture
+from swinv2_scale.data.order import Order
 from swinv2_scale.data.sources import Reader
-from swinv2_scale.data.stream import Order, Stream, evaluation_stream, training_stream
+from swinv2_scale.data.stream import Stream, evaluation_stream, training_stream
 from swinv2_scale.engine import Engine, build_engine, cast, deepspeed_config
 from swinv2_scale.models import memory
 from swinv2_scale.models.convert import describe, load_checkpoint
@@ -45,7 +47,7 @@ def main(config_name: str, argv: Sequence[str], action: Callable[[Any], None]) -
             action(cfg)
         code = 0
     except ValueError as error:
-        print(f"error (rank {distributed.rank()}): {_last_message(error)}", file=sys.stderr)
+        print(f"error (rank {distributed.rank()}): {error}", file=sys.stderr)
         if cfg is not None and distributed.rank() == 0 and Path(cfg.run_dir).is_dir():
             (Path(cfg.run_dir) / "error.txt").write_text(traceback.format_exc())
         code = 2
@@ -62,8 +64,8 @@ def training(cfg: Any) -> None:
     """Train what the configuration describes, from where its run directory stands."""
     # 1  the task, its data, and how long
     task: Task = config.instantiate(cfg.task)
-    data = open_manifest(cfg.data.train, Reader(**config.reading(cfg.data)))
-    order = Order(len(data), cfg.seed, cfg.global_batch)
+    data = open_data(cfg)
+    order = data.order(seed=cfg.seed, global_batch=cfg.global_batch)
     if not cfg.steps and not cfg.epochs:
         raise ValueError(f"steps={cfg.steps} and epochs={cfg.epochs}: give one of them, or there is nothing to train")
     steps = cfg.steps or max(1, round(cfg.epochs * order.steps_per_epoch))
@@ -73,13 +75,13 @@ def training(cfg: Any) -> None:
     telemetry = open_telemetry(cfg, steps, order.steps_per_epoch)
     # 3  model and engine, with the state of the newest checkpoint if there is one
     check_kernel(cfg.memory.attention)
-    identity = {"seed": cfg.seed, "global_batch": cfg.global_batch, "data": data.hash[:16]}
+    identity = {"seed": cfg.seed, "global_batch": cfg.global_batch, **data.identity}
     identity |= {f"model.{key}": value for key, value in config.plain(cfg.model).items()}
     model, engine, start = open_model(cfg, task, run_dir, identity, telemetry)
     # 4  the streams of samples
-    stream = open_stream(cfg, task, data, start, steps)
+    stream = open_stream(cfg, task, data, order, start, steps)
     held_out = open_held_out(cfg, task)
-    for manifest in [data, held_out[1]] if held_out else [data]:
+    for manifest in [*data.manifests, held_out[1]] if held_out else data.manifests:
         task.check_classes(data.classes, manifest.classes, highest_label=manifest.highest_label)
 
     def look(step: int) -> None:
@@ -108,7 +110,7 @@ def training(cfg: Any) -> None:
         precision=cfg.precision,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         versions=versions(),
-        data={"train": {"samples": len(data), "hash": data.hash}},
+        data={"train": {"samples": len(data), **data.identity}},
     )
     intervals = {name: cfg[name] for name in ("log_every", "evaluate_every", "checkpoint_every")}
     try:
@@ -181,14 +183,20 @@ def check_kernel(attention: str) -> None:
             raise ValueError(f"rank {rank}: {found}")
 
 
-def open_stream(cfg: Any, task: Task, data: Manifest, start: int, stop: int) -> Stream:
+def open_data(cfg: Any) -> Mixture:
+    """What data.train names, one source or several."""
+    data = config.plain(cfg.data)
+    reader = Reader(**config.reading(cfg.data))
+    return open_mixture(data["train"], reader, weights=data["weights"], open_shards=data["open_shards"])
+
+
+def open_stream(cfg: Any, task: Task, data: Mixture, order: Order, start: int, stop: int) -> Stream:
     """This rank's training samples of the steps start … stop - 1."""
     return training_stream(
         data,
+        order,
         task.train_transform,
         task.train_collate,
-        seed=cfg.seed,
-        global_batch=cfg.global_batch,
         micro_batch=cfg.micro_batch,
         rank=distributed.rank(),
         world_size=distributed.world_size(),
@@ -367,9 +375,3 @@ def print_on_rank_0(text: str) -> None:
     """Print once, not once per rank."""
     if distributed.rank() == 0:
         print(text, flush=True)
-
-
-def _last_message(error: ValueError) -> str:
-    """The error's message; of one that a data worker raised, the last line of the traceback that it carries."""
-    text = str(error)
-    return text.strip().splitlines()[-1].removeprefix("ValueError: ") if "Traceback" in text else text

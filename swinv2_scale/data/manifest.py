@@ -93,6 +93,11 @@ class Manifest:
         """int64 (shards + 1,): index of each shard's first sample, and the number of samples."""
         return np.cumsum([0, *(shard.samples for shard in self.shards)], dtype=np.int64)
 
+    @property
+    def samples_of_shards(self) -> list[int]:
+        """Samples of each file that is kept open to read them: a plain folder counts as one."""
+        return [len(self)] if self.pictures else [shard.samples for shard in self.shards]
+
     def shard_of(self, index: int) -> Shard:
         """The shard that holds sample `index`."""
         return self.shards[self._shard_number(index)]

@@ -28,7 +28,8 @@ from swinv2_scale.data.manifest import (
     sha256_of,
     write_manifest,
 )
-from swinv2_scale.data.shards import progress_bar, shuffled
+from swinv2_scale.data.order import shuffled
+from swinv2_scale.data.shards import progress_bar
 
 log = logging.getLogger(__name__)
 

@@ -19,6 +19,7 @@ from torchvision.transforms.v2 import functional as F
 
 from swinv2_scale.data.folder import IMAGE_EXTENSIONS
 from swinv2_scale.data.manifest import Manifest, Shard, sha256_of, split_member
+from swinv2_scale.data.order import OPEN_SHARDS, mixing
 
 _OPEN_SHARDS = 128  # open files per process; hosts commonly allow 1,024
 
@@ -27,16 +28,6 @@ T = TypeVar("T")
 
 class CorruptSampleError(ValueError):
     """A sample that cannot be used: no image, an image that does not decode, or a class that does not exist."""
-
-
-def shuffled(samples: int, *seeds: int) -> np.ndarray:
-    """int64 (samples,): a permutation that depends on its arguments only.
-
-    Sorts the raw output of a bit generator, whose stream NumPy keeps for ever; `Generator.permutation` may change with
-    NumPy's version (NEP 19), and an order of samples would then change in the middle of a run.
-    """
-    bits = np.random.Philox(np.random.SeedSequence(seeds)).random_raw(samples)
-    return np.argsort(bits, kind="stable")
 
 
 _descriptors: OrderedDict[tuple[Path, str], int] = OrderedDict()
@@ -169,8 +160,11 @@ def _sha256_of(manifest: Manifest, shard: Shard) -> str:
     return digest.hexdigest()
 
 
-def stats(manifest: Manifest, *, looked_at: int = 1000) -> dict[str, Any]:
-    """Counts and sizes (bytes); image sizes (Y x X, pixels) and labels of `looked_at` evenly spaced samples."""
+def stats(manifest: Manifest, *, open_shards: int = OPEN_SHARDS, looked_at: int = 1000) -> dict[str, Any]:
+    """Counts and sizes (bytes); image sizes (Y x X, pixels) and labels of `looked_at` evenly spaced samples.
+
+    "mixing" is order.mixing: how often a sample follows one of its own shard.
+    """
     sizes = [shard.bytes for shard in manifest.shards]
     extensions: Counter[str] = Counter()
     labels: Counter[str] = Counter()
@@ -195,6 +189,7 @@ def stats(manifest: Manifest, *, looked_at: int = 1000) -> dict[str, Any]:
         "bytes_per_sample": round(sum(sizes) / len(manifest)),
         "classes": len(manifest.classes),
         "hash": manifest.hash,
+        "mixing": {"open_shards": open_shards, **mixing(manifest.samples_of_shards, open_shards=open_shards)},
         "looked_at": len(indices),
         "corrupt": corrupt,
         "members": dict(extensions),

@@ -1,9 +1,6 @@
-"""The order of samples as a pure function, and the loader that follows it.
+"""The loader: samples in the order of order.py, read, decoded, transformed and collated.
 
-The sequence of global batches is a function of (number of samples, seed, global batch, epoch) and nothing else. A step
-therefore names its samples: ranks and workers only share them out, and resuming at step k asks for the batches from k
-on, without decoding what came before. The randomness of one sample (crop, flip, mask, mix) is a function of (seed,
-epoch, key): `draw`.
+The randomness of one sample (crop, flip, mask, mix) is a function of (seed, epoch, key): `draw`.
 
 A sample that cannot be used is replaced by the next one in the manifest that can, and is named in the batch's
 "corrupt"; `CorruptCounter` ends the run when there are too many. A shard that cannot be read ends it at once.
@@ -13,7 +10,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -22,7 +19,9 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from swinv2_scale import distributed
 from swinv2_scale.data.manifest import Manifest
-from swinv2_scale.data.shards import CorruptSampleError, decode_sample, read_sample, shuffled
+from swinv2_scale.data.mixture import Mixture
+from swinv2_scale.data.order import Order
+from swinv2_scale.data.shards import CorruptSampleError, decode_sample, read_sample
 from swinv2_scale.data.sources import ReadError
 from swinv2_scale.data.transforms import Sample
 
@@ -32,59 +31,6 @@ Collate = Callable[[list[Sample]], Batch]
 
 _SUBSTITUTES = 100  # unusable samples in a row after which the data set, not a sample, is broken
 _JUDGED_AFTER = 1000  # samples; before, one bad file among few would already be a large share
-
-
-@dataclass(frozen=True)
-class Order:
-    """Which samples make up the global batch of each step; steps count over the whole run, from 0.
-
-    Every epoch is one permutation of all samples, cut into global batches; the remainder, another one in each epoch, is
-    dropped. `_epoch_order` is the single place that a shuffle by blocks of shards would replace.
-
-    Raises ValueError for fewer samples than a global batch, and for a negative seed.
-    """
-
-    samples: int
-    seed: int
-    global_batch: int
-
-    def __post_init__(self) -> None:
-        if self.seed < 0:
-            raise ValueError(f"seed {self.seed} is negative; choose 0 or more")
-        if not 0 < self.global_batch <= self.samples:
-            raise ValueError(
-                f"a global batch of {self.global_batch} cannot be drawn from {self.samples} samples without repeating "
-                f"some; choose a global batch of 1 to {self.samples}"
-            )
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return self.samples // self.global_batch
-
-    def epoch(self, step: int) -> int:
-        """The epoch that `step` belongs to."""
-        return step // self.steps_per_epoch
-
-    def global_batch_indices(self, step: int) -> np.ndarray:
-        """int64 (global_batch,): indices of the samples of `step`."""
-        epoch, position = divmod(step, self.steps_per_epoch)
-        begin = position * self.global_batch
-        return _epoch_order(self.samples, self.seed, epoch)[begin : begin + self.global_batch]
-
-    def micro_batches(self, step: int, rank: int, world_size: int, micro_batch: int) -> list[np.ndarray]:
-        """This rank's share of `step`, one int64 (micro_batch,) for each of the accumulated passes.
-
-        The global batch is laid out as [accumulation][world][micro].
-        """
-        assert self.global_batch % (world_size * micro_batch) == 0, (self.global_batch, world_size, micro_batch)
-        return list(self.global_batch_indices(step).reshape(-1, world_size, micro_batch)[:, rank])
-
-
-@lru_cache(maxsize=2)  # 8 bytes a sample each; two, for a step that looks across the end of an epoch
-def _epoch_order(samples: int, seed: int, epoch: int) -> np.ndarray:
-    order = shuffled(samples, seed, epoch)
-    order.setflags(write=False)  # slices of the cached array are handed out
-    return order
 
 
 def draw(seed: int, epoch: int, key: str) -> int:
@@ -136,37 +82,42 @@ class Stream:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Batch]:
-        for batch in self.loader:
-            self.corrupt.update(batch)
-            for counted in batch["reads"]:
-                self.reads.update(counted)
-            yield batch
+        try:
+            for batch in self.loader:
+                self.corrupt.update(batch)
+                for counted in batch["reads"]:
+                    self.reads.update(counted)
+                yield batch
+        except (ValueError, OSError) as error:
+            if not str(error).startswith("Caught "):
+                raise
+            # A worker's error carries its traceback as text, whose last line is "module.Type: message".
+            raise type(error)(str(error).strip().splitlines()[-1].partition(": ")[2]) from error
 
 
 def training_stream(
-    manifest: Manifest,
+    data: Mixture,
+    order: Order,
     transform: Transform,
     collate: Collate,
     *,
-    seed: int,
-    global_batch: int,
     micro_batch: int,
     rank: int,
     world_size: int,
     workers: int,
     start_step: int,
-    stop_step: int,
+    stop_step: int | None,
     max_corrupt_share: float,
 ) -> Stream:
     """This rank's micro-batches of the steps start_step … stop_step - 1, global_batch / (world x micro) for each step.
 
-    One loader serves all epochs, so workers start once and prefetch across their boundaries; `workers=0` loads in this
-    process. Raises ValueError as `Order` does, and, while iterating, as `CorruptCounter` does; OSError when a shard
-    cannot be read.
+    `order` is one of `data`; a `stop_step` of None stands for no end. One loader serves all epochs, so workers start
+    once and prefetch across their boundaries; `workers=0` loads in this process.
+
+    While iterating raises ValueError as `CorruptCounter` does, and OSError when a shard cannot be read.
     """
-    order = Order(len(manifest), seed, global_batch)
     batches = _TrainingBatches(order, rank, world_size, micro_batch, start_step, stop_step)
-    return _stream(manifest, transform, collate, batches, seed, rank, workers, max_corrupt_share)
+    return _stream(data, transform, collate, batches, order.seed, rank, workers, max_corrupt_share)
 
 
 def evaluation_stream(
@@ -187,7 +138,7 @@ def evaluation_stream(
     fewer samples than ranks the last ranks yield none. The epoch of the samples' randomness is always 0.
     """
     batches = _evaluation_batches(len(manifest), batch, rank, world_size)
-    return _stream(manifest, transform, collate, batches, seed, rank, workers, max_corrupt_share)
+    return _stream(Mixture((manifest,)), transform, collate, batches, seed, rank, workers, max_corrupt_share)
 
 
 @dataclass(frozen=True)
@@ -199,17 +150,18 @@ class _TrainingBatches:
     world_size: int
     micro_batch: int
     start_step: int
-    stop_step: int
+    stop_step: int | None
 
     def __len__(self) -> int:
+        if self.stop_step is None:
+            raise TypeError("a stream without end has no length")
         steps = max(0, self.stop_step - self.start_step)
         return steps * (self.order.global_batch // (self.world_size * self.micro_batch))
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for step in range(self.start_step, self.stop_step):
-            epoch = self.order.epoch(step)
-            for indices in self.order.micro_batches(step, self.rank, self.world_size, self.micro_batch):
-                yield [(epoch, index) for index in indices.tolist()]
+        for step in count(self.start_step) if self.stop_step is None else range(self.start_step, self.stop_step):
+            for epochs, indices in self.order.micro_batches(step, self.rank, self.world_size, self.micro_batch):
+                yield list(zip(epochs.tolist(), indices.tolist(), strict=True))
 
 
 def _evaluation_batches(samples: int, batch: int, rank: int, world_size: int) -> list[list[tuple[int, int]]]:
@@ -221,14 +173,15 @@ def _evaluation_batches(samples: int, batch: int, rank: int, world_size: int) ->
 class _Samples(Dataset[Sample]):
     """Maps (epoch, index) to a transformed sample; runs in the workers."""
 
-    def __init__(self, manifest: Manifest, transform: Transform, seed: int, rank: int) -> None:
-        self.manifest, self.transform, self.seed, self.rank = manifest, transform, seed, rank
+    def __init__(self, data: Mixture, transform: Transform, seed: int, rank: int) -> None:
+        self.data, self.transform, self.seed, self.rank = data, transform, seed, rank
 
     def __getitem__(self, place: tuple[int, int]) -> Sample:
         epoch, index = place
-        key, image, label, corrupt = self._load_usable(index)
+        manifest, index = self.data.find(index)
+        key, image, label, corrupt = self._load_usable(manifest, index)
         number = draw(self.seed, epoch, key)
-        reader = self.manifest.reader
+        reader = manifest.reader
         reads = [counted] if reader is not None and (counted := reader.take_counters()) else []
         sample = {"image": image, "label": label, "key": key, "draw": number, "corrupt": corrupt, "reads": reads}
         # Transforms draw from torch's default generator. Without workers that is the training's own: it is put back.
@@ -239,36 +192,36 @@ class _Samples(Dataset[Sample]):
         finally:
             torch.set_rng_state(before)
 
-    def _load_usable(self, index: int) -> tuple[str, torch.Tensor, int, list[str]]:
+    def _load_usable(self, manifest: Manifest, index: int) -> tuple[str, torch.Tensor, int, list[str]]:
         """Key, image and label of sample `index` or its substitute, and the name of what was replaced, if it was."""
         corrupt: list[str] = []
-        for attempt in range(min(_SUBSTITUTES, len(self.manifest))):
-            number = (index + attempt) % len(self.manifest)
+        for attempt in range(min(_SUBSTITUTES, len(manifest))):
+            number = (index + attempt) % len(manifest)
             key = f"sample {number}"
             try:
-                key, members = read_sample(self.manifest, number)
-                image, label = decode_sample(members, self.manifest.classes)
+                key, members = read_sample(manifest, number)
+                image, label = decode_sample(members, manifest.classes)
                 return key, image, label, corrupt
             except CorruptSampleError as error:
                 # Only the sample that was asked for is listed: each corrupt one is counted once an epoch.
-                corrupt = corrupt or [f"{self.manifest.shard_of(number).name}:{key}: {error}"]
+                corrupt = corrupt or [f"{manifest.shard_of(number).name}:{key}: {error}"]
             except ReadError:
                 raise
             except OSError as error:
                 worker = get_worker_info()
                 raise OSError(
                     f"rank {self.rank}, worker {worker.id if worker else 'none'} cannot read shard "
-                    f"{self.manifest.locate(number)[0]}: {error}; check that the file exists and its disk is "
+                    f"{manifest.locate(number)[0]}: {error}; check that the file exists and its disk is "
                     "reachable, then resume"
                 ) from error
         raise ValueError(
-            f"no usable sample among {min(_SUBSTITUTES, len(self.manifest))} that follow {corrupt[0]}; "
-            f"check the data with `swinv2-scale data verify {self.manifest.root}`"
+            f"no usable sample among {min(_SUBSTITUTES, len(manifest))} that follow {corrupt[0]}; "
+            f"check the data with `swinv2-scale data verify {manifest.root}`"
         )
 
 
 def _stream(
-    manifest: Manifest,
+    data: Mixture,
     transform: Transform,
     collate: Collate,
     batches: Any,
@@ -278,7 +231,7 @@ def _stream(
     max_corrupt_share: float,
 ) -> Stream:
     loader: DataLoader[Batch] = DataLoader(
-        _Samples(manifest, transform, seed, rank),
+        _Samples(data, transform, seed, rank),
         batch_sampler=batches,
         collate_fn=collate,
         num_workers=workers,
@@ -288,4 +241,4 @@ def _stream(
         # the training's random state by the mere act of evaluating, or of resuming.
         generator=torch.Generator(),
     )
-    return Stream(loader, CorruptCounter(max_corrupt_share, len(manifest)))
+    return Stream(loader, CorruptCounter(max_corrupt_share, len(data)))

@@ -86,8 +86,8 @@ class Classification:
             if names != known[0]:
                 odd = sorted(set(names) ^ set(known[0]))[:3] or "the same ones in another order"
                 raise ValueError(
-                    f"training and held-out data number their classes differently ({odd}): pack both from trees with "
-                    "the same class directories"
+                    f"the data sets of training and evaluation number their classes differently ({odd}): pack all "
+                    "from trees with the same class directories"
                 )
 
     def loss(self, model: Callable, batch: Batch) -> Tensor:

@@ -2,9 +2,11 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,12 +91,28 @@ def command(launcher: str, ranks: int, script: str) -> list[str]:
     return [executable, f"--num_accelerators={ranks}", f"--master_port={free_port()}", path]
 
 
+def _await_step(record: Path, step: int, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 300
+    while not (record.exists() and f'"event": "train", "step": {step},' in record.read_text()):
+        assert process.poll() is None and time.monotonic() < deadline, f"the run ended before step {step}"
+        time.sleep(0.01)
+
+
 @pytest.fixture
 def launch(tmp_path: Path, shards: Path) -> Callable[..., Run]:
-    """launch(name, *overrides, ranks=1, launcher=…, script="pretrain") runs to the end in tmp_path/name."""
+    """launch(name, *overrides, ranks=1, launcher=…, script="pretrain") runs in tmp_path/name, to the end.
+
+    With `kill_at` all of its processes are killed as soon as the record shows that step.
+    """
 
     def start(
-        name: str, *overrides: str, ranks: int = 1, launcher: str = "", script: str = "pretrain", tiny: bool = True
+        name: str,
+        *overrides: str,
+        ranks: int = 1,
+        launcher: str = "",
+        script: str = "pretrain",
+        tiny: bool = True,
+        kill_at: int | None = None,
     ) -> Run:
         directory = tmp_path / name
         arguments = [*TINY, f"name={name}", f"run_dir={directory}"] if tiny else []
@@ -104,16 +122,23 @@ def launch(tmp_path: Path, shards: Path) -> Callable[..., Run]:
             "GLOO_SOCKET_IFNAME": "lo",
             "TORCHDYNAMO_DISABLE": "1",  # saves DeepSpeed's import of the compiler at every start
         }
-        process = subprocess.run(
+        with subprocess.Popen(
             [*command(launcher or ("python" if ranks == 1 else "torchrun"), ranks, script), *arguments, *overrides],
             cwd=ROOT,
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=300,
-            check=False,
-        )
-        return Run(directory, process.returncode, process.stdout)
+            start_new_session=True,
+        ) as process:
+            try:
+                if kill_at is not None:
+                    _await_step(directory / "metrics.jsonl", kill_at, process)
+                    os.killpg(process.pid, signal.SIGKILL)
+                output, _ = process.communicate(timeout=300)
+            except BaseException:
+                os.killpg(process.pid, signal.SIGKILL)
+                raise
+        return Run(directory, process.returncode, output)
 
     return start

@@ -24,6 +24,7 @@ from PIL import Image
 from swinv2_scale.data import sources
 from swinv2_scale.data.folder import Item
 from swinv2_scale.data.manifest import Manifest, open_manifest
+from swinv2_scale.data.mixture import Mixture
 from swinv2_scale.data.pack import write_shards
 from swinv2_scale.data.sources import Reader, ReadError
 from swinv2_scale.data.stream import Stream, training_stream
@@ -125,12 +126,12 @@ def batches(manifest: Manifest, *, workers: int = 0) -> tuple[list[dict[str, Any
     transform = SimMIMTransform(
         image_size=32, crop_scale=(0.5, 1.0), crop_ratio=(0.75, 4 / 3), flip=0.5, mask_unit=8, mask_ratio=0.6
     )
+    data = Mixture((manifest,))
     stream = training_stream(
-        manifest,
+        data,
+        data.order(seed=3, global_batch=20),
         transform,
         collate,
-        seed=3,
-        global_batch=20,
         micro_batch=20,
         rank=0,
         world_size=1,

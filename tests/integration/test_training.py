@@ -2,7 +2,9 @@
 
 import csv
 import json
+import random
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -117,6 +119,26 @@ def test_a_run_cut_at_an_epochs_end_continues_bit_for_bit(
     other = launch("whole", *settings, ranks=3 - ranks)
     assert "at step 3" in other.output
     assert other.losses() == pytest.approx(losses, rel=1e-5 if precision == "fp32" else 1e-2)
+
+
+def test_a_run_killed_inside_an_epoch_continues_as_if_it_had_not_been(launch: Launch, shards: Path) -> None:
+    """At a random step, with several shards open at a time; then at other numbers of ranks."""
+    settings = [*simmim(shards), "precision=fp32", "model.drop_path_rate=0.3", "checkpoint_every=2"]
+    settings += ["global_batch=20", "micro_batch=10", "steps=14", "data.open_shards=1"]  # 9 steps an epoch
+    whole = launch("whole", *settings)
+    kill_at = random.randint(3, 8)
+    cut = launch("cut", *settings, kill_at=kill_at)
+    assert cut.returncode == -signal.SIGKILL and len(cut.losses()) < 14, kill_at
+    continued = launch("cut", *settings)
+    assert f"at step {kill_at // 2 * 2}" in continued.output or f"at step {kill_at // 2 * 2 + 2}" in continued.output
+    assert continued.losses() == whole.losses(), kill_at
+    assert_equal(continued.weights(), whole.weights())
+    # one rank, two ranks, one rank: the same samples, the same losses to rounding
+    launch("changing", *settings, kill_at=3)
+    launch("changing", *settings, ranks=2, kill_at=random.randint(5, 11))
+    changing = launch("changing", *settings)
+    assert changing.returncode == 0, changing.output
+    assert changing.losses() == pytest.approx(whole.losses(), rel=1e-5)
 
 
 def test_pretraining_feeds_fine_tuning_and_evaluation(launch: Launch, shards: Path, tmp_path: Path) -> None:

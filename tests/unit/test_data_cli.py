@@ -1,13 +1,22 @@
 """The commands `swinv2-scale data …` and `report`, through main()."""
 
+import io
+import itertools
 import json
 import sys
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
+from webdataset import TarWriter
 
 from swinv2_scale.cli import main
+
+_buffer = io.BytesIO()
+Image.new("RGB", (4, 4)).save(_buffer, "PNG")
+PIXEL = _buffer.getvalue()
 
 
 @pytest.fixture
@@ -63,9 +72,58 @@ def test_order(packed, capsys):
     assert json.loads(capsys.readouterr().out)["step"] == 44
 
 
+def test_the_order_does_not_depend_on_ranks_workers_or_where_it_is_cut(tmp_path, capsys):
+    """Through the real loader, over three unequal shards: fewer than workers x ranks."""
+    for name, samples in (("a", 3), ("b", 30), ("c", 20)):
+        with TarWriter(str(tmp_path / f"{name}.tar")) as writer:
+            for number in range(samples):
+                writer.write({"__key__": f"{name}{number}", "png": PIXEL, "cls": "0"})
+    assert main(["data", "index", str(tmp_path)]) == 0
+
+    def ordered(*options: object) -> list[list[str]]:
+        capsys.readouterr()
+        chosen = ["--seed", 5, "--global-batch", 24, "--open-shards", 2, "--start-step", 1, "--steps", 3, *options]
+        assert main(["data", "order", str(tmp_path), *map(str, chosen)]) == 0
+        return [json.loads(line)["keys"] for line in capsys.readouterr().out.splitlines()]
+
+    whole = ordered()
+    assert [len(set(step)) for step in whole] == [24, 24, 24]
+    assert len(set(whole[1] + whole[2])) == 48  # steps 2 and 3 are the second epoch
+    for world, workers in itertools.product((1, 2, 3, 4, 8), (0, 1, 3)):
+        ranks = [ordered("--world", world, "--rank", rank, "--workers", workers) for rank in range(world)]
+        assert [list(itertools.chain(*parts)) for parts in zip(*ranks, strict=True)] == whole, (world, workers)
+    assert ordered("--start-step", 3, "--steps", 1, "--workers", 1) == whole[2:]
+    assert ordered("--start-step", 1, "--steps", 1, "--epoch", 1) == whole[2:]
+
+
+def test_the_order_of_several_sources(tmp_path, capsys, packed):
+    single = TarWriter(str(tmp_path / "one.tar"))
+    single.write({"__key__": "single", "png": PIXEL, "cls": "0"})
+    single.close()
+    arguments = ["data", "order", str(packed), str(tmp_path / "one.tar"), "--global-batch", "8", "--steps", "5"]
+    capsys.readouterr()
+    assert main([*arguments, "--weights", "3", "1"]) == 0
+    assert [line.count('"single"') for line in capsys.readouterr().out.splitlines()] == [2] * 5
+    assert main(arguments) == 0
+    assert sum(line.count('"single"') for line in capsys.readouterr().out.splitlines()) <= 1
+
+
+def test_a_shard_that_ends_too_early_is_one_line_from_a_worker_too(packed, capsys):
+    offsets = np.load(packed / "offsets.npy")
+    offsets[:80] += 10**6  # past the end of the first shard
+    np.save(packed / "offsets.npy", offsets)
+    capsys.readouterr()
+    for workers in ("0", "1"):
+        assert main(["data", "order", str(packed), "--global-batch", "8", "--workers", workers]) == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert lines[-1].startswith("error: rank 0, worker ") and "was truncated" in lines[-1]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--global-batch", "8", "--workers", "-1"], "--workers -1 is negative"),
+        (["--global-batch", "8", "--weights", "1", "2"], "2.0] for 1 sources"),
         (["--global-batch", "400"], "choose a global batch of 1 to 359"),
         (["--global-batch", "8", "--world", "3"], "--global-batch 8 is no multiple of --world 3"),
         (["--global-batch", "8", "--world", "2", "--rank", "2"], "--rank 2 is not one of 0 to 1"),

@@ -264,3 +264,4 @@ def test_stats_count(tmp_path):
     numbers = stats(write_shards(items, tmp_path, classes=["a", "b"], shard_size=3, seed=0, origin={}))
     assert (numbers["samples"], numbers["shards"], numbers["labels"]) == (6, 2, {"a": 3, "b": 3})
     assert numbers["height"] == {"min": 8, "median": 11, "max": 13}
+    assert numbers["mixing"]["open_shards"] == 64 and numbers["mixing"]["stored"] == pytest.approx(4 / 5)

@@ -12,9 +12,11 @@ from PIL import Image
 
 from swinv2_scale.data.folder import Item
 from swinv2_scale.data.manifest import Manifest
+from swinv2_scale.data.mixture import Mixture
+from swinv2_scale.data.order import shuffled
 from swinv2_scale.data.pack import write_shards
-from swinv2_scale.data.shards import read_sample, shuffled
-from swinv2_scale.data.stream import CorruptCounter, Order, draw, evaluation_stream, training_stream
+from swinv2_scale.data.shards import read_sample
+from swinv2_scale.data.stream import CorruptCounter, draw, evaluation_stream, training_stream
 from swinv2_scale.data.transforms import ClassificationTransform, Mix, SimMIMEvaluationTransform, collate
 
 SAMPLES = 26
@@ -58,9 +60,9 @@ def mix() -> Mix:
 
 def train(manifest: Manifest, **changes: Any) -> list[dict[str, Any]]:
     """All micro-batches of one rank."""
+    data = Mixture((manifest,), open_shards=2)  # of three
+    order = data.order(seed=3, global_batch=8)
     settings = {
-        "seed": 3,
-        "global_batch": 8,
         "micro_batch": 8,
         "rank": 0,
         "world_size": 1,
@@ -69,7 +71,7 @@ def train(manifest: Manifest, **changes: Any) -> list[dict[str, Any]]:
         "stop_step": 7,
         "max_corrupt_share": 1.0,
     }
-    return list(training_stream(manifest, classification(), mix(), **{**settings, **changes}))
+    return list(training_stream(data, order, classification(), mix(), **{**settings, **changes}))
 
 
 def global_batches(manifest: Manifest, world_size: int, micro_batch: int, workers: int) -> list[dict[str, Any]]:
@@ -109,9 +111,10 @@ def test_global_batches_do_not_depend_on_ranks_workers_or_accumulation(make, wor
 
 def test_the_stream_follows_the_order(make):
     manifest = make()
-    order = Order(SAMPLES, 3, 8)
+    order = Mixture((manifest,), open_shards=2).order(seed=3, global_batch=8)
     for step, batch in enumerate(train(manifest)):
-        assert batch["key"] == [read_sample(manifest, index)[0] for index in order.global_batch_indices(step).tolist()]
+        _, indices = order.global_batch_of(step)
+        assert batch["key"] == [read_sample(manifest, index)[0] for index in indices.tolist()]
 
 
 @pytest.mark.parametrize(("start", "workers"), [(2, 0), (3, 0), (5, 2)])
@@ -133,36 +136,42 @@ def test_resuming_decodes_nothing_that_is_skipped(make, monkeypatch):
     assert len(read) == 16
 
 
-def test_each_sample_at_most_once_an_epoch_and_another_remainder_each_epoch():
-    order = Order(samples=SAMPLES, seed=3, global_batch=8)
-    assert order.steps_per_epoch == 3
-    dropped = []
-    for epoch in range(4):
-        seen = np.concatenate([order.global_batch_indices(3 * epoch + step) for step in range(3)])
-        assert len(np.unique(seen)) == 24 and seen.min() >= 0 and seen.max() < SAMPLES
-        assert {order.epoch(3 * epoch + step) for step in range(3)} == {epoch}
-        dropped.append(frozenset(range(SAMPLES)) - frozenset(seen.tolist()))
-    assert len(set(dropped)) == 4
-    full = Order(samples=SAMPLES, seed=3, global_batch=13)
-    assert sorted(np.concatenate([full.global_batch_indices(step) for step in (2, 3)])) == list(range(SAMPLES))
-
-
-def test_the_order_is_pinned():
-    """A change here would change the order of samples in the middle of everybody's runs."""
-    assert shuffled(10, 3, 1).tolist() == [5, 8, 9, 6, 3, 7, 0, 1, 2, 4]
+def test_randomness_is_pinned():
+    """A change here would change the augmentation in the middle of everybody's runs."""
     assert draw(3, 1, "n01440764/a") == 6325152185690106682
 
 
-def test_seeds_and_epochs_give_different_orders():
-    orders = [Order(100, seed, 100).global_batch_indices(epoch) for seed, epoch in ((0, 0), (0, 1), (1, 0))]
-    assert not any(np.array_equal(orders[a], orders[b]) for a, b in ((0, 1), (0, 2), (1, 2)))
+def test_a_stream_without_end_goes_on_past_epochs(make):
+    data = Mixture((make(),))
+    order = data.order(seed=3, global_batch=13)
+    settings = {"micro_batch": 13, "rank": 0, "world_size": 1, "workers": 0, "max_corrupt_share": 1.0}
+    stream = training_stream(data, order, classification(), collate, start_step=0, stop_step=None, **settings)
+    keys = [batch["key"] for batch, _ in zip(stream, range(6), strict=False)]
+    assert all(len(set(keys[2 * epoch] + keys[2 * epoch + 1])) == SAMPLES for epoch in range(3))
+    with pytest.raises(TypeError, match="has no length"):
+        len(stream)
 
 
-def test_global_batches_that_cannot_be():
-    with pytest.raises(ValueError, match=r"27 cannot be drawn from 26 samples.*choose a global batch of 1 to 26"):
-        Order(SAMPLES, 0, 27)
-    with pytest.raises(ValueError, match="seed -1 is negative"):
-        Order(SAMPLES, -1, 2)
+def test_several_sources_are_mixed_by_weight_and_substituted_within(make, tmp_path):
+    buffer = io.BytesIO()
+    Image.new("RGB", (20, 24)).save(buffer, "PNG")
+    others = [Item(f"other{i}", "png", 0, b"broken" if i == 1 else buffer.getvalue()) for i in range(3)]
+    (tmp_path / "other").mkdir()
+    other = write_shards(others, tmp_path / "other", classes=list("abcd"), shard_size=9, seed=0, origin={})
+    data = Mixture((make(), other), weights=(3, 1))
+    order = data.order(seed=3, global_batch=8)
+    settings = {"micro_batch": 4, "world_size": 2, "workers": 0, "max_corrupt_share": 1.0}
+    found = []
+    for rank in (0, 1):
+        stream = training_stream(
+            data, order, classification(), collate, rank=rank, start_step=0, stop_step=9, **settings
+        )
+        found.append(list(stream))
+    for one, two in zip(*found, strict=True):
+        assert sum(key.startswith("other") for key in one["key"] + two["key"]) == 2
+    replaced = [name for batches in found for batch in batches for name in batch["corrupt"]]
+    assert len(replaced) == 6 and all(":other1:" in name for name in replaced)  # each of 18 / 3 epochs of the source
+    assert {key for batches in found for b in batches for key in b["key"] if key[0] == "o"} == {"other0", "other2"}
 
 
 def test_augmentation_differs_between_epochs(make):
