@@ -1,6 +1,7 @@
 """One order of samples: the same over ranks, workers, accumulation and interruptions; nothing corrupt passes unseen."""
 
 import io
+import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -283,3 +284,19 @@ def test_a_shard_that_shrinks_is_not_taken_for_a_corrupt_sample(make):
         (manifest.root / shard.name).write_bytes(b"")
     with pytest.raises(OSError, match="was truncated"):
         train(manifest)
+
+
+def test_memory_stays_flat_over_epochs(make):
+    """Resident memory of the loader's processes, between the 10th and the 90th epoch: no sample leaves anything."""
+    data = Mixture((make(),), open_shards=2)
+    order = data.order(seed=3, global_batch=13)
+    settings = {"micro_batch": 13, "rank": 0, "world_size": 1, "workers": 1, "max_corrupt_share": 1.0}
+    stream = training_stream(data, order, classification(), collate, start_step=0, stop_step=180, **settings)
+    own = "/proc/self"
+    resident = {}
+    for step, _ in enumerate(stream):
+        if step in (20, 178):
+            workers = [f"/proc/{process.pid}" for process in multiprocessing.active_children()]
+            resident[step] = [int(Path(place, "statm").read_text().split()[1]) * 4096 for place in (own, *workers)]
+    assert len(resident[20]) == len(resident[178]) >= 2
+    assert max(after - before for before, after in zip(resident[20], resident[178], strict=True)) < 4e6, resident
