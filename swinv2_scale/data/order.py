@@ -174,6 +174,6 @@ def mixing(
     same = np.count_nonzero(shards[1:] == shards[:-1])
     return {
         "stored": float(np.maximum(source.samples - 1, 0).sum() / pairs),
-        "shuffled": same / max(len(order) - 1, 1),
+        "shuffled": int(same) / max(len(order) - 1, 1),
         "perfect": float((source.samples * (source.samples - 1)).sum() / (source.size * pairs)),
     }
