@@ -43,7 +43,11 @@ def save(
     writer = _Writer(temporary, writes=distributed.rank() == 0)
     writer.tensors("model.safetensors", engine.parameters(), header)
     writer.tensors("optimizer.safetensors", engine.optimizer_state(), {"format": "pt"})
-    writer.call(lambda: (temporary / "state.json").write_text(json.dumps({"step": step, **state}, indent=1)))
+    writer.call(
+        lambda: (temporary / "state.json").write_text(
+            json.dumps({"step": step, "updates": engine.updates, **state}, indent=1)
+        )
+    )
     writer.call(lambda: shutil.copy(run_dir / "config.yaml", temporary))
     writer.call(lambda: _publish(temporary, target, keep))
     if problem := distributed.from_rank_0(writer.problem):
@@ -151,7 +155,7 @@ def restore(path: Path, engine: Engine, identity: dict[str, Any]) -> dict[str, A
                 f"{expected.get(name, 'none')} here. Give the run another name=…, or its directory back its model"
             )
         with safe_open(path / "optimizer.safetensors", framework="pt") as optimizer:
-            engine.load(model.get_tensor, optimizer.get_tensor, step=state["step"])
+            engine.load(model.get_tensor, optimizer.get_tensor, step=state["updates"])
     assert isinstance(state, dict)
     return state
 

@@ -5,12 +5,11 @@ float32 master weights and accumulates float32 gradients for both. The cast is o
 its own bf16 mode would cast logit_scale and the position bias too, which turns a scale of 100 into 98.4 or 101.6.
 """
 
-import math
 import os
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -118,6 +117,13 @@ def cast(model: nn.Module, precision: str) -> None:
                 parameter.data = parameter.data.to(torch.bfloat16)
 
 
+class Step(NamedTuple):
+    """A step's mean loss, of this rank and on its device, and whether it was applied: gradients were finite."""
+
+    loss: Tensor
+    applied: bool
+
+
 class Engine:
     """A model that trains: DeepSpeed's engine behind the few calls that the loop and the checkpoints need.
 
@@ -134,20 +140,31 @@ class Engine:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.model = model.to(distributed.device())
         self.accumulation = ds_config["gradient_accumulation_steps"]
+        self.updates = 0  # steps that were applied
         stage = ds_config["zero_optimization"]["stage"]
+        self._clip = ds_config["gradient_clipping"]
+        if stage == 0:  # DeepSpeed would clip without telling the norm: `_examine` does it
+            ds_config = {**ds_config, "gradient_clipping": 0.0}
         self._names = {parameter: name for name, parameter in model.named_parameters()}
         self._deepspeed, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer(_one_type_each(groups, stage)), config=ds_config
         )
         self._zero = stage > 0
-        self._norms: list[Tensor] = []
+        self._norm: Tensor | None = None
         self._base = self._deepspeed.optimizer.optimizer if self._zero else self._deepspeed.optimizer
+        if self._zero:
+            self._deepspeed.optimizer.check_grad_overflow = True  # otherwise it applies what is not finite to bfloat16
+        else:
+            self._base.register_step_pre_hook(self._examine)
         self._allocate_optimizer_state()
 
     def step(
         self, micro_batches: Iterable[dict[str, Any]], loss: Callable[[Any, dict[str, Any]], Tensor], lr: float
-    ) -> Tensor:
-        """One optimiser step over `accumulation` micro-batches. Returns this rank's mean loss, still on the device."""
+    ) -> Step:
+        """One optimiser step over `accumulation` micro-batches; gradients that are not finite change nothing.
+
+        Whether they are finite is found of the sum over all ranks, and so is the same on all.
+        """
         self.model.train()
         for group in self._base.param_groups:
             group["lr"] = lr * group["lr_scale"]
@@ -161,19 +178,28 @@ class Engine:
             count += 1
         if count != self.accumulation:
             raise RuntimeError(f"a step takes {self.accumulation} micro-batches, the stream gave {count}")
-        if self._zero:
-            self._norms.append(torch.as_tensor(self._deepspeed.get_global_grad_norm()))
-        return total / count
+        applied = not (self._deepspeed.optimizer.overflow if self._zero else bool(self._base.found_inf))
+        if applied:
+            self.updates += 1
+            self._norm = torch.as_tensor(self._deepspeed.get_global_grad_norm()) if self._zero else self._norm
+        return Step(total / count, applied)
 
     def gradient_norm(self) -> float | None:
-        """Global norm of the last step's gradients before clipping; NaN if any since the last call was not finite.
+        """Global norm of the gradients of the last step that was applied, before clipping; None before the first.
 
-        Kept on the device until it is asked for. None under ZeRO 0, which does not tell it.
+        Kept on the device until it is asked for.
         """
-        if not self._norms:
-            return None
-        norms, self._norms = torch.stack(self._norms), []
-        return float(norms[-1]) if bool((norms.isfinite() & (norms >= 0)).all()) else math.nan
+        return None if self._norm is None else float(self._norm)
+
+    def _examine(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Before a step without ZeRO, whose gradients are those of all ranks: clip; hold back what is not finite."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = nn.utils.get_total_norm(p.grad for p in parameters)
+        optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]  # which fused AdamW obeys
+        if optimizer.found_inf == 0:  # type: ignore[attr-defined]
+            self._norm = norm
+            if self._clip:
+                nn.utils.clip_grads_with_norm_(parameters, self._clip, norm)
 
     def shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Name and shape of every trainable parameter."""
@@ -196,8 +222,9 @@ class Engine:
     def load(self, parameter: Callable[[str], Tensor], state: Callable[[str], Tensor] | None, step: int) -> None:
         """Set master weights and, unless state is None, optimiser states from functions of their names.
 
-        step: optimiser steps taken so far, for Adam's bias correction.
+        step: optimiser steps applied so far, for Adam's bias correction.
         """
+        self.updates = step
         with torch.no_grad():
             for target, name in self._trainable():
                 value = parameter(name).to(distributed.device())

@@ -7,19 +7,21 @@ import platform
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NoReturn, TypeVar
 
 import torch
 from torch import nn
 
-from swinv2_scale import checkpoint, config, distributed, report
+from swinv2_scale import checkpoint, config, distributed, report, signals
 from swinv2_scale.data.manifest import Manifest, open_manifest
 from swinv2_scale.data.mixture import Mixture, open_mixture
 from swinv2_scale.data.order import Order
 from swinv2_scale.data.sources import Reader
 from swinv2_scale.data.stream import Stream, evaluation_stream, training_stream
 from swinv2_scale.engine import Engine, build_engine, cast, deepspeed_config
+from swinv2_scale.guard import Guard
 from swinv2_scale.models import memory
 from swinv2_scale.models.convert import describe, load_checkpoint
 from swinv2_scale.ops import native, selfcheck
@@ -35,8 +37,10 @@ def main(config_name: str, argv: Sequence[str], action: Callable[[Any], None]) -
     """Compose conf/{config_name}.yaml with argv, join the other ranks, act, and end the process.
 
     A ValueError is the user's to solve: it becomes one paragraph and exit code 2, and its traceback goes to
-    run_dir/error.txt. Anything else shows its traceback and ends with 1.
+    run_dir/error.txt. A run that saved because a signal asked for it ends with signals.EXIT_CODE, 75. Anything else
+    shows its traceback and ends with 1.
     """
+    signals.listen()
     if {"-h", "--help"} & set(argv):
         print_on_rank_0(config.help_text(config_name))
         distributed.end_process(0)
@@ -51,6 +55,9 @@ def main(config_name: str, argv: Sequence[str], action: Callable[[Any], None]) -
         if cfg is not None and distributed.rank() == 0 and Path(cfg.run_dir).is_dir():
             (Path(cfg.run_dir) / "error.txt").write_text(traceback.format_exc())
         code = 2
+    except signals.Stopped as stopped:
+        print_on_rank_0(str(stopped))
+        code = signals.EXIT_CODE
     except KeyboardInterrupt:
         print_on_rank_0("interrupted: repeat the command to continue from the last checkpoint")
         code = 130
@@ -77,31 +84,14 @@ def training(cfg: Any) -> None:
     check_kernel(cfg.memory.attention)
     identity = {"seed": cfg.seed, "global_batch": cfg.global_batch, **data.identity}
     identity |= {f"model.{key}": value for key, value in config.plain(cfg.model).items()}
-    model, engine, start = open_model(cfg, task, run_dir, identity, telemetry)
+    guard = Guard(**cfg.guard, tell=telemetry.skipped)
+    model, engine, start = open_model(cfg, task, run_dir, identity, guard, telemetry)
     # 4  the streams of samples
     stream = open_stream(cfg, task, data, order, start, steps)
     held_out = open_held_out(cfg, task)
     for manifest in [*data.manifests, held_out[1]] if held_out else data.manifests:
         task.check_classes(data.classes, manifest.classes, highest_label=manifest.highest_label)
-
-    def look(step: int) -> None:
-        if held_out is not None:
-            look_at(model, task, *held_out, telemetry, step, pictures=step in (0, steps))
-
-    def save(step: int) -> None:
-        windows = task.backbone(model).pretrained_windows
-        state = {"identity": identity, "pretrained_windows": windows, "versions": versions()}
-        metadata = {"model": config.plain(cfg.model), "pretrained_windows": windows, "classes": data.classes}
-        keep = cfg.keep_checkpoints
-        try:
-            path = checkpoint.save(run_dir, engine, step=step, state=state, metadata=metadata, keep=keep)
-            telemetry.event("checkpoint", step, path=str(path))
-        except OSError as error:
-            telemetry.event("checkpoint_failed", step, error=str(error))
-            telemetry.say(str(error))
-            if step == steps:
-                raise
-
+    run = Run(cfg, run_dir, task, model, engine, guard, telemetry, identity, data.classes, held_out)
     # 5  the loop
     telemetry.start(
         start,
@@ -115,9 +105,10 @@ def training(cfg: Any) -> None:
     intervals = {name: cfg[name] for name in ("log_every", "evaluate_every", "checkpoint_every")}
     try:
         if start == 0 and cfg.evaluate_first:
-            look(0)
+            run.look(0)
             telemetry.resume_clock()
-        train(engine, task, stream, schedule, telemetry, start=start, stop=steps, look=look, save=save, **intervals)
+        hooks = {"look": run.look, "save": run.save, "roll_back": run.roll_back}
+        train(engine, task, stream, schedule, telemetry, guard, start=start, stop=steps, **hooks, **intervals)
     except BaseException as error:  # Ctrl-C too
         telemetry.end(f"{type(error).__name__}: {error}")
         raise
@@ -127,8 +118,62 @@ def training(cfg: Any) -> None:
         telemetry.say(report.headline(run_dir))
 
 
+@dataclass
+class Run:
+    """What happens now and then in a training, at a number of finished steps."""
+
+    cfg: Any
+    run_dir: Path
+    task: Task
+    model: nn.Module
+    engine: Engine
+    guard: Guard
+    telemetry: Telemetry
+    identity: dict[str, Any]
+    classes: Sequence[str]
+    held_out: tuple[Stream, Manifest] | None
+
+    def look(self, step: int) -> None:
+        """Evaluate; with pictures at the beginning and the end."""
+        if self.held_out is not None:
+            pictures = step in (0, self.telemetry.total_steps)
+            look_at(self.model, self.task, *self.held_out, self.telemetry, step, pictures=pictures)
+
+    def save(self, step: int) -> None:
+        """Write a checkpoint. One that fails is told and the run goes on, unless it is the last."""
+        windows = self.task.backbone(self.model).pretrained_windows
+        state = {"identity": self.identity, "pretrained_windows": windows, "guard": self.guard.state}
+        metadata = {"model": config.plain(self.cfg.model), "pretrained_windows": windows, "classes": self.classes}
+        keep = self.cfg.keep_checkpoints
+        try:
+            path = checkpoint.save(
+                self.run_dir,
+                self.engine,
+                step=step,
+                state=state | {"versions": versions()},
+                metadata=metadata,
+                keep=keep,
+            )
+            self.telemetry.event("checkpoint", step, path=str(path))
+        except OSError as error:
+            self.telemetry.event("checkpoint_failed", step, error=str(error))
+            self.telemetry.say(str(error))
+            if step == self.telemetry.total_steps:
+                raise
+
+    def roll_back(self, step: int) -> None:
+        """Give the engine the weights and states of the last checkpoint. Raises FloatingPointError without one."""
+        path = checkpoint.latest(self.run_dir, self.telemetry.say)
+        cause = self.guard.cause
+        if path is None:
+            raise FloatingPointError(f"{cause} before step {step}, and there is no checkpoint yet to roll back to")
+        checkpoint.restore(path, self.engine, self.identity)
+        self.telemetry.event("rollback", step, cause=cause, checkpoint=str(path))
+        self.telemetry.say(f"step {step}: {cause}; back to {path.name}, on with the batches after step {step}")
+
+
 def open_model(
-    cfg: Any, task: Task, run_dir: Path, identity: dict[str, Any], telemetry: Telemetry
+    cfg: Any, task: Task, run_dir: Path, identity: dict[str, Any], guard: Guard, telemetry: Telemetry
 ) -> tuple[nn.Module, Engine, int]:
     """The model, the engine that trains it, and the steps that it has been trained for."""
     # 1  what DeepSpeed is told; impossible batches end here
@@ -158,6 +203,7 @@ def open_model(
     if resumable is not None:
         state = checkpoint.restore(resumable, engine, identity)
         task.backbone(model).pretrained_windows = state["pretrained_windows"]
+        guard.state = state["guard"]
         start = state["step"]
         telemetry.say(f"continuing {resumable} at step {start}")
     # 5  what it was trained with; not before, so that a refused start does not touch it

@@ -63,6 +63,7 @@ class Telemetry:
         self.steps_per_epoch, self.images_per_step = steps_per_epoch, images_per_step
         self.writes = distributed.rank() == 0
         self.console = Console(quiet=not self.writes)
+        self._steps = 0
         self._losses: list[Tensor] = []
         self._replaced: list[str] = []
         self._waited = 0.0
@@ -118,21 +119,24 @@ class Telemetry:
                 self._reads.update(counted)
             yield batch
 
-    def loss(self, value: Tensor) -> None:
+    def step(self, loss: Tensor, applied: bool) -> None:
         """Keep this rank's loss of a step, on its device, until the next `train`: no synchronisation here."""
-        self._losses.append(value)
+        self._steps += 1
+        if applied:
+            self._losses.append(loss)
 
     def train(self, step: int, **values: float | None) -> None:
         """Record the steps since the last call, of which `step` are finished in all. Collective.
 
-        Raises FloatingPointError, on every rank, when the loss or one of the values is not finite.
+        The loss is that of the steps that were applied, "skipped" the number of the others.
         """
-        elapsed, steps = time.monotonic() - self._last, len(self._losses)
-        own = {"loss": float(torch.stack(self._losses).mean()), "waited": self._waited}
+        elapsed, steps = time.monotonic() - self._last, self._steps
+        own = {"loss": float(torch.stack(self._losses).mean()) if self._losses else math.nan, "waited": self._waited}
         mean = {k: total / distributed.world_size() for k, total in distributed.sum_over_ranks(own).items()}
         record = {
             "epoch": step / self.steps_per_epoch,
             "loss": mean["loss"],
+            "skipped": steps - len(self._losses),
             **values,
             "images_per_second": self.images_per_step * steps / elapsed,
             "step_seconds": elapsed / steps,
@@ -143,20 +147,19 @@ class Telemetry:
         self.event("train", step, **record)
         self._show(step, record)
         self.replaced(step, self._replaced)
-        self._losses, self._waited, self._replaced, self._reads = [], 0.0, [], Counter()
+        self._steps, self._losses, self._waited, self._replaced, self._reads = 0, [], 0.0, [], Counter()
         self._last = time.monotonic()
-        wrong = [f"{k} {v}" for k, v in record.items() if isinstance(v, float) and not math.isfinite(v)]
-        if wrong:
-            raise FloatingPointError(
-                f"{', '.join(wrong)} within the {steps} steps before step {step}; the last checkpoint is from before. "
-                "Lower optim.lr or optim.gradient_clip, or lengthen the warm-up"
-            )
 
     def replaced(self, step: int, samples: Sequence[str]) -> None:
         """Record the samples that this rank could not use and replaced. Collective."""
         for sample in (name for names in distributed.gathered(list(samples)) for name in names):
             self.event("corrupt", step, sample=sample)
             self.say(f"replaced a sample that cannot be used: {sample}")
+
+    def skipped(self, step: int, text: str) -> None:
+        """Record a step that changed nothing."""
+        self.event("skipped", step, text=text)
+        self.say(f"step {step}: {text}")
 
     def resume_clock(self) -> None:
         """What happened since the last record (evaluation, checkpoint) was not training time."""

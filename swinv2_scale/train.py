@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from swinv2_scale import distributed
 from swinv2_scale.data.stream import Batch
 from swinv2_scale.engine import Engine
+from swinv2_scale.guard import Guard, Verdict
 from swinv2_scale.models.swin_v2 import SwinTransformerV2
 from swinv2_scale.optim import Schedule
+from swinv2_scale.signals import Stopped
 from swinv2_scale.telemetry import Picture, Telemetry
 
 
@@ -53,6 +55,7 @@ def train(
     stream: Iterable[Batch],
     schedule: Schedule,
     telemetry: Telemetry,
+    guard: Guard,
     *,
     start: int,
     stop: int,
@@ -61,22 +64,37 @@ def train(
     checkpoint_every: int,
     look: Callable[[int], None],
     save: Callable[[int], None],
+    roll_back: Callable[[int], None],
 ) -> None:
     """Run the steps start … stop - 1; `look` evaluates and `save` checkpoints after a number of finished steps.
 
-    Intervals are in steps; 0 means only at the end. Raises FloatingPointError when loss or gradients are not finite.
+    `roll_back` gives the engine the weights of the last checkpoint. Intervals are in steps; 0 means only at the end.
+
+    Raises FloatingPointError when `guard` judges that it is enough, and Stopped, after saving, when it was signalled.
     """
     batches = telemetry.timed(stream)
     for step in range(start, stop):
         # ------------------------------------------------------------------------------------------ the step
-        telemetry.loss(engine.step(seeded(islice(batches, engine.accumulation)), task.loss, schedule(step)))
-        # ------------------------------------------------------------------------------------------ now and then
+        loss, applied = engine.step(seeded(islice(batches, engine.accumulation)), task.loss, schedule(step))
+        telemetry.step(loss, applied)
         done = step + 1
-        saves, looks = due(done, checkpoint_every, stop), due(done, evaluate_every, stop)
-        if due(done, log_every, stop) or saves or looks:
+        verdict = guard.after(done, loss, applied)
+        # ------------------------------------------------------------------------------------------ now and then
+        saves = due(done, checkpoint_every, stop) or verdict is Verdict.STOP
+        looks = due(done, evaluate_every, stop) and verdict is not Verdict.STOP
+        if due(done, log_every, stop) or saves or looks or verdict is not Verdict.CONTINUE:
             telemetry.train(done, learning_rate=schedule(step), gradient_norm=engine.gradient_norm())
+        if verdict is Verdict.ABORT:
+            raise FloatingPointError(
+                f"{guard.cause} before step {done}; the last checkpoint is from before. Lower optim.lr or "
+                "optim.gradient_clip, lengthen the warm-up, or choose guard.nonfinite=rollback"
+            )
+        if verdict is Verdict.ROLLBACK:
+            roll_back(done)
         if saves:
             save(done)
+        if verdict is Verdict.STOP and done < stop:
+            raise Stopped(f"signalled at step {done}, saved; the same command goes on from here")
         if looks:
             look(done)
         if saves or looks:

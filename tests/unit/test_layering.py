@@ -15,11 +15,13 @@ LONGEST_LAUNCHER = 80
 LAYERS = {
     "swinv2_scale.config": 0,
     "swinv2_scale.distributed": 0,
+    "swinv2_scale.signals": 0,
     "swinv2_scale.ops": 1,
     "swinv2_scale.models": 2,
     "swinv2_scale.data": 2,
     "swinv2_scale.engine": 2,
     "swinv2_scale.optim": 2,
+    "swinv2_scale.guard": 3,
     "swinv2_scale.telemetry": 3,
     "swinv2_scale.checkpoint": 3,
     "swinv2_scale.report": 3,

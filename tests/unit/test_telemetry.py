@@ -37,8 +37,8 @@ def test_steps_are_averaged_and_samples_that_were_replaced_are_named(tmp_path: P
     t.start(0, world_size=1)
     for batch in t.timed([{"corrupt": [], "reads": [{"read_retries": 2}]}, {"corrupt": ["a.tar:7: cut"], "reads": []}]):
         assert "corrupt" in batch
-    t.loss(torch.tensor(1.0))
-    t.loss(torch.tensor(2.0))
+    t.step(torch.tensor(1.0), applied=True)
+    t.step(torch.tensor(2.0), applied=True)
     t.train(2, learning_rate=0.5, gradient_norm=None)
     t.end("finished")
     start, train, corrupt, end = record(tmp_path)
@@ -60,16 +60,19 @@ def test_a_line_that_a_crash_cut_off_is_removed_by_the_next_attempt(tmp_path: Pa
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_loss_that_is_not_finite_ends_the_run_and_the_record_stays_json(tmp_path: Path, value: float) -> None:
+def test_skipped_steps_are_counted_and_the_record_stays_json(tmp_path: Path, value: float) -> None:
     t = telemetry(tmp_path)
     t.start(0)
-    t.loss(torch.tensor(value))
-    with pytest.raises(FloatingPointError, match=r"loss (nan|inf) within the 1 steps before step 1"):
-        t.train(1)
-    assert record(tmp_path)[-1]["loss"] is None
-    t.loss(torch.tensor(1.0))
-    with pytest.raises(FloatingPointError, match="gradient_norm"):
-        t.train(2, gradient_norm=value)
+    t.step(torch.tensor(value), applied=False)
+    t.train(1, gradient_norm=value)
+    assert (record(tmp_path)[-1]["loss"], record(tmp_path)[-1]["skipped"]) == (None, 1)
+    assert record(tmp_path)[-1]["gradient_norm"] is None
+    t.step(torch.tensor(value), applied=False)
+    t.step(torch.tensor(2.0), applied=True)
+    t.skipped(2, "gradients are not finite")
+    t.train(3)
+    assert [line["event"] for line in record(tmp_path)[-2:]] == ["skipped", "train"]
+    assert (record(tmp_path)[-1]["loss"], record(tmp_path)[-1]["skipped"]) == (2.0, 1)
 
 
 class Failing:
@@ -90,7 +93,7 @@ def test_wandb_may_fail_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(sys.modules, "wandb", stub)
     t = telemetry(tmp_path, wandb="online")
     t.start(0)
-    t.loss(torch.tensor(1.0))
+    t.step(torch.tensor(1.0), applied=True)
     t.train(1)
     t.end("finished")
     assert [line["event"] for line in record(tmp_path)] == ["start", "train", "end"]
@@ -107,7 +110,7 @@ def test_the_report_reads_what_telemetry_writes(tmp_path: Path) -> None:
     t = telemetry(tmp_path)
     t.start(0, world_size=1, device="cpu", precision="fp32", parameters=7, versions={"torch": "2"}, data={})
     t.evaluation(0, {"loss": 2.0, "top1": 0.1, "samples": 10.0})
-    t.loss(torch.tensor(1.0))
+    t.step(torch.tensor(1.0), applied=True)
     t.train(1, learning_rate=0.1, gradient_norm=1.0)
     t.evaluation(1, {"loss": 1.0, "top1": 0.9, "samples": 10.0})
     t.pictures(1, "predictions", [Picture(torch.zeros(3, 4, 4, dtype=torch.uint8), "7 <b>", False)])
