@@ -107,7 +107,7 @@ def training(cfg: Any) -> None:
         if start == 0 and cfg.evaluate_first:
             run.look(0)
             telemetry.resume_clock()
-        hooks = {"look": run.look, "save": run.save, "roll_back": run.roll_back}
+        hooks: dict[str, Any] = {"look": run.look, "save": run.save, "roll_back": run.roll_back}
         train(engine, task, stream, schedule, telemetry, guard, start=start, stop=steps, **hooks, **intervals)
     except BaseException as error:  # Ctrl-C too
         telemetry.end(f"{type(error).__name__}: {error}")

@@ -73,20 +73,51 @@ def test_states_by_name_restore_a_run_bit_for_bit() -> None:
     for step in range(2):
         first.step(batches(step), loss, 1e-3)
     weights, states = dict(first.parameters()), dict(first.optimizer_state())
-    expected = first.step(batches(2), loss, 1e-3)
+    expected = first.step(batches(2), loss, 1e-3).loss
     second = engine(2, "bf16")
     second.load(weights.__getitem__, states.__getitem__, step=2)
-    assert torch.equal(second.step(batches(2), loss, 1e-3), expected)
+    assert torch.equal(second.step(batches(2), loss, 1e-3).loss, expected)
 
 
-@pytest.mark.parametrize(("stage", "precision"), [(1, "bf16"), (2, "bf16"), (1, "fp32")])
-def test_gradients_that_are_not_finite_are_told_even_steps_later(stage: int, precision: str) -> None:
+STAGES = [(0, "fp32"), (1, "fp32"), (1, "bf16"), (2, "fp32"), (2, "bf16")]
+
+
+@pytest.mark.parametrize("factor", [math.nan, math.inf])
+@pytest.mark.parametrize(("stage", "precision"), STAGES)
+def test_gradients_that_are_not_finite_change_nothing(stage: int, precision: str, factor: float) -> None:
+    """Weights, moments and Adam's count of steps are those of a run that never met them."""
+    built, undisturbed = engine(stage, precision), engine(stage, precision)
+    assert built.gradient_norm() is None
+    assert built.step(batches(0), loss, 1e-3).applied
+    norm = built.gradient_norm()
+    assert not built.step(batches(1), lambda model, batch: loss(model, batch) * factor, 1e-3).applied
+    assert built.gradient_norm() == norm
+    undisturbed.step(batches(0), loss, 1e-3)
+    assert torch.equal(built.step(batches(2), loss, 1e-3).loss, undisturbed.step(batches(2), loss, 1e-3).loss)
+    assert built.updates == undisturbed.updates == 2
+    expected = {**dict(undisturbed.parameters()), **dict(undisturbed.optimizer_state())}
+    found = {**dict(built.parameters()), **dict(built.optimizer_state())}
+    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+
+
+@pytest.mark.parametrize(("stage", "precision"), STAGES)
+def test_gradients_of_nothing_but_zeros_are_a_step(stage: int, precision: str) -> None:
     built = engine(stage, precision)
     built.step(batches(0), loss, 1e-3)
-    assert math.isfinite(built.gradient_norm() or math.nan)
-    built.step(batches(1), lambda model, batch: loss(model, batch) * math.nan, 1e-3)
-    built.step(batches(2), loss, 1e-3)
-    assert math.isnan(built.gradient_norm() or 0.0)
+    assert built.step(batches(1), lambda model, batch: loss(model, batch) * 0.0, 1e-3).applied
+    assert built.gradient_norm() == 0.0
+    assert built.updates == 2
+    assert math.isfinite(float(built.step(batches(2), loss, 1e-3).loss))
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_gradients_are_clipped_to_the_largest_norm(stage: int) -> None:
+    """Adam's first moment after one step is a tenth of the gradient, whose norm is that of clipping."""
+    built = engine(stage, "fp32")
+    built.step(batches(0), lambda model, batch: loss(model, batch) * 100, 1e-3)
+    assert (built.gradient_norm() or 0.0) > 100
+    moments = torch.cat([value.flatten() for name, value in built.optimizer_state() if name.startswith("exp_avg.")])
+    assert float(moments.norm()) == pytest.approx(0.1, rel=1e-3)
 
 
 def test_a_stream_that_ends_within_a_step_is_an_error() -> None:
