@@ -1,7 +1,9 @@
 """Real runs: the launch scripts as processes of their own, on one or two CPU ranks, over tiny shards of real images."""
 
+import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -98,11 +100,36 @@ def _await_step(record: Path, step: int, process: subprocess.Popen[str]) -> None
         time.sleep(0.01)
 
 
+def _descendants(process: int) -> list[int]:
+    """Process numbers of a process and all below it; torchrun's ranks are in sessions of their own."""
+    children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    return [process, *(below for child in children for below in _descendants(int(child)))]
+
+
+def _ranks_of(process: int) -> list[int]:
+    """Process numbers of the ranks that a launcher started: they have a RANK, and their parents have none."""
+    ranks = {}
+    for number in _descendants(process):
+        with contextlib.suppress(OSError):
+            found = re.search(r"(?:^|\0)RANK=(\d+)", Path(f"/proc/{number}/environ").read_text())
+            parent = int(Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[1])
+            if found and parent not in ranks.values():
+                ranks[int(found[1])] = number
+    return [ranks[rank] for rank in sorted(ranks)] or [process]
+
+
+def kill_all(ranks: list[int]) -> None:
+    """Every rank at once, as when a machine loses power; the launchers end by themselves."""
+    for rank in ranks:
+        for process in _descendants(rank):
+            os.kill(process, signal.SIGKILL)
+
+
 @pytest.fixture
 def launch(tmp_path: Path, shards: Path) -> Callable[..., Run]:
     """launch(name, *overrides, ranks=1, launcher=…, script="pretrain") runs in tmp_path/name, to the end.
 
-    With `kill_at` all of its processes are killed as soon as the record shows that step.
+    With `at`, a step and an action, the action gets the ranks' process numbers once the record shows the step.
     """
 
     def start(
@@ -112,29 +139,30 @@ def launch(tmp_path: Path, shards: Path) -> Callable[..., Run]:
         launcher: str = "",
         script: str = "pretrain",
         tiny: bool = True,
-        kill_at: int | None = None,
+        at: tuple[int, Callable[[list[int]], None]] | None = None,
+        environment: dict[str, str] | None = None,
     ) -> Run:
         directory = tmp_path / name
         arguments = [*TINY, f"name={name}", f"run_dir={directory}"] if tiny else []
-        environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-        environment |= {
-            "PATH": f"{Path(sys.executable).parent}:{environment['PATH']}",
+        variables = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+        variables |= {
+            "PATH": f"{Path(sys.executable).parent}:{variables['PATH']}",
             "GLOO_SOCKET_IFNAME": "lo",
             "TORCHDYNAMO_DISABLE": "1",  # saves DeepSpeed's import of the compiler at every start
         }
         with subprocess.Popen(
             [*command(launcher or ("python" if ranks == 1 else "torchrun"), ranks, script), *arguments, *overrides],
             cwd=ROOT,
-            env=environment,
+            env=variables | (environment or {}),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
         ) as process:
             try:
-                if kill_at is not None:
-                    _await_step(directory / "metrics.jsonl", kill_at, process)
-                    os.killpg(process.pid, signal.SIGKILL)
+                if at is not None:
+                    _await_step(directory / "metrics.jsonl", at[0], process)
+                    at[1](_ranks_of(process.pid))
                 output, _ = process.communicate(timeout=300)
             except BaseException:
                 os.killpg(process.pid, signal.SIGKILL)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Run
+from conftest import Run, kill_all
 from torch import Tensor
 
 from swinv2_scale.data.manifest import open_manifest
@@ -127,15 +127,15 @@ def test_a_run_killed_inside_an_epoch_continues_as_if_it_had_not_been(launch: La
     settings += ["global_batch=20", "micro_batch=10", "steps=14", "data.open_shards=1"]  # 9 steps an epoch
     whole = launch("whole", *settings)
     kill_at = random.randint(3, 8)
-    cut = launch("cut", *settings, kill_at=kill_at)
+    cut = launch("cut", *settings, at=(kill_at, kill_all))
     assert cut.returncode == -signal.SIGKILL and len(cut.losses()) < 14, kill_at
     continued = launch("cut", *settings)
     assert f"at step {kill_at // 2 * 2}" in continued.output or f"at step {kill_at // 2 * 2 + 2}" in continued.output
     assert continued.losses() == whole.losses(), kill_at
     assert_equal(continued.weights(), whole.weights())
     # one rank, two ranks, one rank: the same samples, the same losses to rounding
-    launch("changing", *settings, kill_at=3)
-    launch("changing", *settings, ranks=2, kill_at=random.randint(5, 11))
+    launch("changing", *settings, at=(3, kill_all))
+    launch("changing", *settings, ranks=2, at=(random.randint(5, 11), kill_all))
     changing = launch("changing", *settings)
     assert changing.returncode == 0, changing.output
     assert changing.losses() == pytest.approx(whole.losses(), rel=1e-5)

@@ -1,0 +1,26 @@
+"""A task whose loss is not finite at the steps and on the rank that INJECT names: "3:nan 5:inf", "1" in INJECT_RANK."""
+
+import os
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from swinv2_scale import distributed
+from swinv2_scale.data.stream import Batch
+from swinv2_scale.tasks.simmim import MaskedImageModelling
+
+
+class Injected(MaskedImageModelling):
+    """Counts training losses, one pass to a step; the first has number 0."""
+
+    step = int(os.environ.get("INJECT_FIRST", "0"))
+
+    def loss(self, model: Callable, batch: Batch) -> Tensor:
+        loss = super().loss(model, batch)
+        if torch.is_grad_enabled():
+            faults = dict(fault.split(":") for fault in os.environ["INJECT"].split())
+            if distributed.rank() == int(os.environ["INJECT_RANK"]) and str(self.step) in faults:
+                loss = loss * float(faults[str(self.step)])
+            self.step += 1
+        return loss

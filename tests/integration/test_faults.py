@@ -1,0 +1,111 @@
+"""What goes wrong while ranks train, numbers, signals, deaths: what was promised happens, and nothing is lost."""
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import Run
+
+from swinv2_scale.signals import EXIT_CODE
+
+Launch = Callable[..., Run]
+STEPS = 12
+
+
+def settings(shards: Path) -> list[str]:
+    """12 steps of 20 photographs, 9 to an epoch, saved after every fourth."""
+    return [
+        f"data.train={shards}/photographs/train",
+        f"steps={STEPS}",
+        "epochs=null",
+        "global_batch=20",
+        "micro_batch=10",
+        "precision=fp32",
+        "checkpoint_every=4",
+    ]
+
+
+def injected(launch: Launch, shards: Path, name: str, faults: str, *more: str) -> Run:
+    """Faults on rank 1 of two."""
+    environment = {
+        "INJECT": faults,
+        "INJECT_RANK": "1",
+        "PYTHONPATH": f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}",
+    }
+    task = "task._target_=injected.Injected"
+    return launch(name, *settings(shards), task, *more, ranks=2, environment=environment)
+
+
+def test_one_rank_without_finite_gradients_is_a_skipped_step_of_all(launch: Launch, shards: Path) -> None:
+    run = injected(launch, shards, "skip", "3:nan 4:inf 7:nan 8:inf 9:nan", "guard.nonfinite=skip")
+    assert run.returncode == 0, run.output
+    assert sorted(run.events("skipped")) == [4, 5, 8, 9, 10]
+    assert all("not finite" in event["text"] for event in run.events("skipped").values())
+    skipped = {step: event["skipped"] for step, event in run.events("train").items()}
+    assert [step for step, count in skipped.items() if count] == [4, 5, 8, 9, 10]
+    rates = [event["learning_rate"] for _, event in sorted(run.events("train").items())]
+    plain = launch("plain", *settings(shards), ranks=2)
+    assert rates == [event["learning_rate"] for _, event in sorted(plain.events("train").items())]
+    assert run.losses()[:3] == plain.losses()[:3] and run.losses()[5] != plain.losses()[5]
+
+
+def test_three_in_a_row_abort_or_roll_back(launch: Launch, shards: Path) -> None:
+    faults = "5:nan 6:nan 7:nan"
+    aborted = injected(launch, shards, "abort", faults)
+    assert aborted.returncode != 0
+    assert "3 steps in a row were not finite before step 8; the last checkpoint is from before" in aborted.output
+    assert [path.name for path in sorted((aborted.directory / "checkpoints").glob("step_*"))] == ["step_00000004"]
+    rolled = injected(launch, shards, "roll", faults, "guard.nonfinite=rollback")
+    assert rolled.returncode == 0, rolled.output
+    assert "back to step_00000004, on with the batches after step 8" in rolled.output
+    assert list(rolled.events("rollback")) == [8]
+    assert len(rolled.events("train")) == STEPS
+    early = injected(launch, shards, "early", "0:nan 1:nan 2:nan", "guard.nonfinite=rollback")
+    assert early.returncode != 0 and "there is no checkpoint yet to roll back to" in early.output
+
+
+@pytest.mark.parametrize(("launcher", "ranks"), [("python", 1), ("deepspeed", 2)])
+@pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM])
+def test_a_signal_to_one_rank_saves_once_and_the_run_goes_on(
+    launch: Launch, shards: Path, number: signal.Signals, launcher: str, ranks: int
+) -> None:
+    def strike(processes: list[int]) -> None:
+        assert len(processes) == ranks
+        os.kill(processes[-1], number)
+
+    begin = time.monotonic()
+    cut = launch("run", *settings(shards), ranks=ranks, launcher=launcher, at=(5, strike))
+    assert cut.returncode == EXIT_CODE, cut.output
+    stopped = max(cut.events("train"))
+    assert 5 <= stopped < STEPS and time.monotonic() - begin < 60
+    assert sorted(cut.events("checkpoint"))[-1] == stopped and f"signalled at step {stopped}, saved" in cut.output
+    assert cut.events("end")[stopped]["reason"].startswith("Stopped: signalled")
+    continued = launch("run", *settings(shards), ranks=ranks, launcher=launcher)
+    assert f"at step {stopped}" in continued.output
+    whole = launch("whole", *settings(shards), ranks=ranks)
+    assert continued.losses() == whole.losses()
+
+
+@pytest.mark.parametrize("victim", ["rank", "worker"])
+def test_a_killed_process_ends_the_run_soon_and_the_rest_is_kept(launch: Launch, shards: Path, victim: str) -> None:
+    struck: list[float] = []
+
+    def strike(processes: list[int]) -> None:
+        struck.append(time.monotonic())
+        target = processes[1]
+        if victim == "worker":
+            target = int(Path(f"/proc/{target}/task/{target}/children").read_text().split()[-1])
+        os.kill(target, signal.SIGKILL)
+
+    more = ["workers=1", "steps=400", "log_every=1"]
+    cut = launch("run", *settings(shards), *more, ranks=2, at=(5, strike))
+    assert cut.returncode != 0
+    assert time.monotonic() - struck[0] < 60
+    if victim == "worker":
+        assert "DataLoader worker" in cut.output and "killed by signal" in cut.output
+    saved = max(cut.events("checkpoint"))
+    continued = launch("run", *settings(shards), f"steps={saved + 2}", "workers=1", ranks=2)
+    assert continued.returncode == 0 and f"at step {saved}" in continued.output, continued.output
