@@ -6,8 +6,9 @@ import json
 import platform
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, NoReturn, TypeVar
 
@@ -19,9 +20,10 @@ from swinv2_scale.data.manifest import Manifest, open_manifest
 from swinv2_scale.data.mixture import Mixture, open_mixture
 from swinv2_scale.data.order import Order
 from swinv2_scale.data.sources import Reader
-from swinv2_scale.data.stream import Stream, evaluation_stream, training_stream
+from swinv2_scale.data.stream import Batch, Stream, evaluation_stream, training_stream
 from swinv2_scale.engine import Engine, build_engine, cast, deepspeed_config
 from swinv2_scale.guard import Guard
+from swinv2_scale.heartbeat import Heartbeat
 from swinv2_scale.models import memory
 from swinv2_scale.models.convert import describe, load_checkpoint
 from swinv2_scale.ops import native, selfcheck
@@ -91,7 +93,9 @@ def training(cfg: Any) -> None:
     held_out = open_held_out(cfg, task)
     for manifest in [*data.manifests, held_out[1]] if held_out else data.manifests:
         task.check_classes(data.classes, manifest.classes, highest_label=manifest.highest_label)
-    run = Run(cfg, run_dir, task, model, engine, guard, telemetry, identity, data.classes, held_out)
+    limits = {"stall_minutes": cfg.stall_minutes, "timeout_minutes": cfg.timeout_minutes}
+    heartbeat = Heartbeat(run_dir, distributed.rank(), **limits)
+    run = Run(cfg, run_dir, task, model, engine, guard, heartbeat, telemetry, identity, data.classes, held_out)
     # 5  the loop
     telemetry.start(
         start,
@@ -108,10 +112,14 @@ def training(cfg: Any) -> None:
             run.look(0)
             telemetry.resume_clock()
         hooks: dict[str, Any] = {"look": run.look, "save": run.save, "roll_back": run.roll_back}
-        train(engine, task, stream, schedule, telemetry, guard, start=start, stop=steps, **hooks, **intervals)
+        train(
+            engine, task, stream, schedule, telemetry, guard, heartbeat, start=start, stop=steps, **hooks, **intervals
+        )
     except BaseException as error:  # Ctrl-C too
+        heartbeat.end(f"{type(error).__name__}: {error}")
         telemetry.end(f"{type(error).__name__}: {error}")
         raise
+    heartbeat.end("finished")
     telemetry.end("finished")
     if distributed.rank() == 0:
         report.write_report(run_dir)
@@ -128,6 +136,7 @@ class Run:
     model: nn.Module
     engine: Engine
     guard: Guard
+    heartbeat: Heartbeat
     telemetry: Telemetry
     identity: dict[str, Any]
     classes: Sequence[str]
@@ -137,7 +146,8 @@ class Run:
         """Evaluate; with pictures at the beginning and the end."""
         if self.held_out is not None:
             pictures = step in (0, self.telemetry.total_steps)
-            look_at(self.model, self.task, *self.held_out, self.telemetry, step, pictures=pictures)
+            beat = partial(self.heartbeat.over, phase="evaluating", step=step)
+            look_at(self.model, self.task, *self.held_out, self.telemetry, step, pictures=pictures, beat=beat)
 
     def save(self, step: int) -> None:
         """Write a checkpoint. One that fails is told and the run goes on, unless it is the last."""
@@ -305,11 +315,19 @@ def write_per_class(path: Path, task: Task, outcome: Evaluation, names: Sequence
 
 
 def look_at(
-    model: nn.Module, task: Task, stream: Stream, manifest: Manifest, telemetry: Telemetry, step: int, *, pictures: bool
+    model: nn.Module,
+    task: Task,
+    stream: Stream,
+    manifest: Manifest,
+    telemetry: Telemetry,
+    step: int,
+    *,
+    pictures: bool,
+    beat: Callable[[Iterable[Batch]], Iterable[Batch]],
 ) -> None:
     """Evaluate on held-out data, record the metrics and, if asked for, pictures of the first batch."""
     known = len(stream.corrupt.names)
-    outcome = evaluate(model, task, stream, len(manifest))
+    outcome = evaluate(model, task, beat(stream), len(manifest))
     telemetry.evaluation(step, outcome.means | {"samples": outcome.samples})
     telemetry.replaced(step, stream.corrupt.names[known:])
     if pictures and distributed.rank() == 0:

@@ -13,6 +13,7 @@ from swinv2_scale import distributed
 from swinv2_scale.data.stream import Batch
 from swinv2_scale.engine import Engine
 from swinv2_scale.guard import Guard, Verdict
+from swinv2_scale.heartbeat import Heartbeat
 from swinv2_scale.models.swin_v2 import SwinTransformerV2
 from swinv2_scale.optim import Schedule
 from swinv2_scale.signals import Stopped
@@ -56,6 +57,7 @@ def train(
     schedule: Schedule,
     telemetry: Telemetry,
     guard: Guard,
+    heartbeat: Heartbeat,
     *,
     start: int,
     stop: int,
@@ -74,6 +76,7 @@ def train(
     """
     batches = telemetry.timed(stream)
     for step in range(start, stop):
+        heartbeat.beat("training", step)
         # ------------------------------------------------------------------------------------------ the step
         loss, applied = engine.step(seeded(islice(batches, engine.accumulation)), task.loss, schedule(step))
         telemetry.step(loss, applied)
@@ -92,6 +95,7 @@ def train(
         if verdict is Verdict.ROLLBACK:
             roll_back(done)
         if saves:
+            heartbeat.beat("saving", done)
             save(done)
         if verdict is Verdict.STOP and done < stop:
             raise Stopped(f"signalled at step {done}, saved; the same command goes on from here")

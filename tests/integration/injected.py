@@ -1,6 +1,7 @@
-"""A task whose loss is not finite at the steps and on the rank that INJECT names: "3:nan 5:inf", "1" in INJECT_RANK."""
+"""A task whose loss fails at the steps of INJECT, "3:nan 5:inf 7:hang", on the rank INJECT_RANK."""
 
 import os
+import time
 from collections.abc import Callable
 
 import torch
@@ -21,6 +22,8 @@ class Injected(MaskedImageModelling):
         if torch.is_grad_enabled():
             faults = dict(fault.split(":") for fault in os.environ["INJECT"].split())
             if distributed.rank() == int(os.environ["INJECT_RANK"]) and str(self.step) in faults:
+                if faults[str(self.step)] == "hang":
+                    time.sleep(600)
                 loss = loss * float(faults[str(self.step)])
             self.step += 1
         return loss

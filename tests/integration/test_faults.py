@@ -109,3 +109,18 @@ def test_a_killed_process_ends_the_run_soon_and_the_rest_is_kept(launch: Launch,
     saved = max(cut.events("checkpoint"))
     continued = launch("run", *settings(shards), f"steps={saved + 2}", "workers=1", ranks=2)
     assert continued.returncode == 0 and f"at step {saved}" in continued.output, continued.output
+
+
+def test_a_rank_that_stands_still_ends_the_run_with_the_stacks_of_all(launch: Launch, shards: Path) -> None:
+    begin = time.monotonic()
+    run = injected(launch, shards, "stall", "5:hang", "stall_minutes=0.05", "timeout_minutes=2.0")
+    assert run.returncode != 0 and time.monotonic() - begin < 60
+    waiting, hanging = ((run.directory / "heartbeat" / f"rank_{rank}.txt").read_text() for rank in (0, 1))
+    assert all("UTC, step 5, training" in text.splitlines()[0] for text in (waiting, hanging))
+    assert "injected.py" in hanging and "Timeout" in hanging
+    assert "injected.py" not in waiting and "engine.py" in waiting
+    refused = launch("refused", *settings(shards), "stall_minutes=30")
+    assert refused.returncode == 2
+    assert "stall_minutes=30 must be positive and less than timeout_minutes=20.0" in refused.output
+    finished = launch("finished", *settings(shards))
+    assert (finished.directory / "heartbeat/rank_0.txt").read_text().strip() == "finished"
