@@ -111,10 +111,9 @@ def training(cfg: Any) -> None:
         if start == 0 and cfg.evaluate_first:
             run.look(0)
             telemetry.resume_clock()
+        watch: dict[str, Any] = {"guard": guard, "heartbeat": heartbeat}
         hooks: dict[str, Any] = {"look": run.look, "save": run.save, "roll_back": run.roll_back}
-        train(
-            engine, task, stream, schedule, telemetry, guard, heartbeat, start=start, stop=steps, **hooks, **intervals
-        )
+        train(engine, task, stream, schedule, telemetry, start=start, stop=steps, **watch, **hooks, **intervals)
     except BaseException as error:  # Ctrl-C too
         heartbeat.end(f"{type(error).__name__}: {error}")
         telemetry.end(f"{type(error).__name__}: {error}")
