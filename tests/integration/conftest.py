@@ -1,61 +1,13 @@
-"""Real runs: the launch scripts as processes of their own, on one or two CPU ranks, over tiny shards of real images."""
+"""Shards of real images, and runs in a temporary directory."""
 
-import contextlib
-import json
-import os
-import re
-import signal
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
-from safetensors.torch import load_file
-from torch import Tensor
 
+from runs import Run, run
 from swinv2_scale.data.pack import pack
-
-ROOT = Path(__file__).parents[2]
-TINY = [
-    "model=debug",
-    "model.embed_dim=16",
-    "model.depths=[1,1,2,1]",
-    "model.num_heads=[1,2,2,4]",
-    "model.image_size=64",
-    "model.window_size=4",
-    "optim.lr=1e-3",
-    "optim.lr_batch=null",
-    "optim.warmup_steps=2",
-    "log_every=1",
-    "workers=1",
-    "telemetry=no_wandb",
-]
-
-
-@dataclass
-class Run:
-    """A finished process and the run directory that it was to write."""
-
-    directory: Path
-    returncode: int
-    output: str
-
-    def events(self, event: str) -> dict[int, dict]:
-        """The record's lines of one kind, by step; of repeated steps the last."""
-        lines = map(json.loads, (self.directory / "metrics.jsonl").read_text().splitlines())
-        return {line["step"]: line for line in lines if line["event"] == event}
-
-    def losses(self) -> list[float]:
-        return [line["loss"] for _, line in sorted(self.events("train").items())]
-
-    def weights(self) -> dict[str, Tensor]:
-        newest = sorted((self.directory / "checkpoints").glob("step_*"))[-1]
-        files = [load_file(newest / name) for name in ("model.safetensors", "optimizer.safetensors")]
-        return {key: tensor.clone() for file in files for key, tensor in file.items()}  # files are mapped, not read
 
 
 @pytest.fixture(scope="session")
@@ -67,106 +19,11 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def command(launcher: str, ranks: int, script: str) -> list[str]:
-    """How a user starts a script."""
-    path = f"launch/{script}.py"
-    if launcher == "python":
-        assert ranks == 1
-        return [sys.executable, path]
-    if launcher == "torchrun":
-        return [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            f"--nproc-per-node={ranks}",
-            f"--master-port={free_port()}",
-            path,
-        ]
-    assert launcher == "deepspeed"
-    executable = str(Path(sys.executable).parent / "deepspeed")
-    return [executable, f"--num_accelerators={ranks}", f"--master_port={free_port()}", path]
-
-
-def _await_step(record: Path, step: int, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 300
-    while not (record.exists() and f'"event": "train", "step": {step},' in record.read_text()):
-        assert process.poll() is None and time.monotonic() < deadline, f"the run ended before step {step}"
-        time.sleep(0.01)
-
-
-def _descendants(process: int) -> list[int]:
-    """Process numbers of a process and all below it; torchrun's ranks are in sessions of their own."""
-    children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
-    return [process, *(below for child in children for below in _descendants(int(child)))]
-
-
-def _ranks_of(process: int) -> list[int]:
-    """Process numbers of the ranks that a launcher started: they have a RANK, and their parents have none."""
-    ranks = {}
-    for number in _descendants(process):
-        with contextlib.suppress(OSError):
-            found = re.search(r"(?:^|\0)RANK=(\d+)", Path(f"/proc/{number}/environ").read_text())
-            parent = int(Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[1])
-            if found and parent not in ranks.values():
-                ranks[int(found[1])] = number
-    return [ranks[rank] for rank in sorted(ranks)] or [process]
-
-
-def kill_all(ranks: list[int]) -> None:
-    """Every rank at once, as when a machine loses power; the launchers end by themselves."""
-    for rank in ranks:
-        for process in _descendants(rank):
-            os.kill(process, signal.SIGKILL)
-
-
 @pytest.fixture
 def launch(tmp_path: Path, shards: Path) -> Callable[..., Run]:
-    """launch(name, *overrides, ranks=1, launcher=…, script="pretrain") runs in tmp_path/name, to the end.
+    """launch(name, *overrides, …) is runs.run in tmp_path/name."""
 
-    With `at`, a step and an action, the action gets the ranks' process numbers once the record shows the step.
-    """
-
-    def start(
-        name: str,
-        *overrides: str,
-        ranks: int = 1,
-        launcher: str = "",
-        script: str = "pretrain",
-        tiny: bool = True,
-        at: tuple[int, Callable[[list[int]], None]] | None = None,
-        environment: dict[str, str] | None = None,
-    ) -> Run:
-        directory = tmp_path / name
-        arguments = [*TINY, f"name={name}", f"run_dir={directory}"] if tiny else []
-        variables = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-        variables |= {
-            "PATH": f"{Path(sys.executable).parent}:{variables['PATH']}",
-            "GLOO_SOCKET_IFNAME": "lo",
-            "TORCHDYNAMO_DISABLE": "1",  # saves DeepSpeed's import of the compiler at every start
-        }
-        with subprocess.Popen(
-            [*command(launcher or ("python" if ranks == 1 else "torchrun"), ranks, script), *arguments, *overrides],
-            cwd=ROOT,
-            env=variables | (environment or {}),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        ) as process:
-            try:
-                if at is not None:
-                    _await_step(directory / "metrics.jsonl", at[0], process)
-                    at[1](_ranks_of(process.pid))
-                output, _ = process.communicate(timeout=300)
-            except BaseException:
-                os.killpg(process.pid, signal.SIGKILL)
-                raise
-        return Run(directory, process.returncode, output)
+    def start(name: str, *overrides: str, **options: Any) -> Run:
+        return run(tmp_path / name, *overrides, **options)
 
     return start

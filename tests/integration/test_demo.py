@@ -7,7 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Run
+
+from runs import ROOT, Run
 
 
 def test_the_demos_pretraining_learns(launch: Callable[..., Run], shards: Path, tmp_path: Path) -> None:
