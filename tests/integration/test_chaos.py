@@ -1,0 +1,16 @@
+"""Two rounds of chaos, other ones each time; `python tests/integration/chaos.py --rounds 50` plays more."""
+
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+
+def test_rounds_of_chaos() -> None:
+    seed = random.randrange(10**6)
+    command = [sys.executable, Path(__file__).with_name("chaos.py"), "--rounds", "2", "--seed", str(seed)]
+    played = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
+    assert played.returncode == 0, played.stdout + played.stderr
+    assert (
+        f"2 of 2 rounds held, {played.stdout.count(' at ') + played.stdout.count(' in step_')} blows" in played.stdout
+    )
