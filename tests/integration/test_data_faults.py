@@ -22,7 +22,7 @@ from fault_proxy import FaultProxy, storm
 from PIL import Image
 
 from swinv2_scale.data import sources
-from swinv2_scale.data.folder import Item
+from swinv2_scale.data.folder import one_file
 from swinv2_scale.data.manifest import Manifest, open_manifest
 from swinv2_scale.data.pack import write_shards
 from swinv2_scale.data.sources import Reader, ReadError
@@ -44,7 +44,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     for i in range(60):
         buffer = io.BytesIO()
         Image.fromarray(random.integers(0, 256, (72, 72, 3), dtype=np.uint8)).save(buffer, "PNG")
-        items.append(Item(f"k{i:02d}", "png", i % 4, buffer.getvalue()))
+        items.append(one_file(f"k{i:02d}", "png", i % 4, buffer.getvalue()))
     root = tmp_path_factory.mktemp("packed")
     return write_shards(items, root, classes=list("abcd"), shard_size=10, seed=0, origin={})
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from swinv2_scale.data.folder import Item
+from swinv2_scale.data.folder import one_file
 from swinv2_scale.data.manifest import Manifest
 from swinv2_scale.data.pack import write_shards
 from swinv2_scale.data.shards import read_sample, shuffled
@@ -31,7 +31,7 @@ def make(tmp_path: Path) -> MakeManifest:
         for i in range(SAMPLES):
             buffer = io.BytesIO()
             Image.fromarray(random.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(buffer, "PNG")
-            items.append(Item(f"k{i:02d}", "png", i % 4, b"broken" if i in broken else buffer.getvalue()))
+            items.append(one_file(f"k{i:02d}", "png", i % 4, b"broken" if i in broken else buffer.getvalue()))
         return write_shards(items, tmp_path, classes=list("abcd"), shard_size=9, seed=0, origin={})
 
     return build
