@@ -32,21 +32,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
+_PACK_SOURCE = """by --format:
+imagefolder  SOURCE/class/name.jpg
+csv          table with a column path, and label (number) or class (name) or neither
+coco         ROOT/annotations/instances_SPLIT.json, with the images in ROOT/SPLIT
+ade20k       ADEChallengeData2016/images/SPLIT
+kinetics     SOURCE/class/name.mp4, or a table SPLIT.csv above the videos
+demo         photographs/train, photographs/validation, digits/train, digits/validation"""
+
+
 def _add_data(commands: Any) -> None:
     data = commands.add_parser("data", help="pack, check and list data sets of shards")
     actions = data.add_subparsers(metavar="ACTION", required=True)
 
-    pack = actions.add_parser("pack", help="pack images into shards with a manifest")
-    pack.add_argument(
-        "source", help="SOURCE/class/name.jpg tree; with --format demo: photographs/train, digits/train, …"
+    pack = actions.add_parser(
+        "pack", help="pack images or videos into shards with a manifest", formatter_class=argparse.RawTextHelpFormatter
     )
-    pack.add_argument("destination", type=Path, help="directory to create")
-    pack.add_argument("--format", choices=("imagefolder", "demo"), default="imagefolder")
+    pack.add_argument("source", help=_PACK_SOURCE)
+    pack.add_argument("destination", type=Path, help="directory to create; interrupted, the same command goes on")
+    pack.add_argument("--format", default="imagefolder", help="default: %(default)s")
     pack.add_argument("--shard-size", default="256MB", help="bytes such as 256MB, or a number of samples")
     pack.add_argument("--seed", type=int, default=0, help="of the shuffle before packing")
+    pack.add_argument("--jobs", type=int, help="processes; the shards do not depend on it; default: one per CPU")
     pack.set_defaults(run=_data_pack)
 
-    index = actions.add_parser("index", help="write the manifest of tar shards that have none")
+    index = actions.add_parser("index", help="write the manifest of tar shards that have none, from .idx files if any")
     index.add_argument("directory", type=Path)
     index.set_defaults(run=_data_index)
 
@@ -84,15 +94,17 @@ def _data_pack(arguments: argparse.Namespace) -> int:
         format=arguments.format,
         shard_size=arguments.shard_size,
         seed=arguments.seed,
+        jobs=arguments.jobs,
     )
-    print(
-        f"{len(manifest)} samples in {len(manifest.shards)} shard(s), {len(manifest.classes)} classes: {manifest.root}"
-    )
+    named = f"{len(manifest.classes)} classes"
+    unnamed = "no classes" if manifest.highest_label is None else "classes: numbered"
+    classes = named if manifest.classes else unnamed
+    print(f"{len(manifest)} samples in {len(manifest.shards)} shard(s), {classes}: {manifest.root}")
     return 0
 
 
 def _data_index(arguments: argparse.Namespace) -> int:
-    from swinv2_scale.data.pack import index
+    from swinv2_scale.data.idx import index
 
     manifest = index(arguments.directory)
     print(f"{len(manifest)} samples in {len(manifest.shards)} shard(s): {manifest.root}")

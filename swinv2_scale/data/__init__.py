@@ -2,7 +2,11 @@
 
     manifest.py     what a directory of shards holds: names, sizes, hashes, and where each sample begins
     shards.py       reading one sample, checking all of them
-    pack.py         images of a source into shards with a manifest
+    folder.py       plain folders of pictures, and what a sample is before it is packed
+    layouts.py      what can be packed: image folders, tables, COCO, ADE20K, Kinetics
+    pack.py         the samples of a source into shards with a manifest
+    writer.py       shards written by several processes, and kept when they are interrupted
+    idx.py          manifests for shards that somebody else packed
     stream.py       the order of samples as a pure function, and the loader that follows it
     transforms.py   one sample -> one training example; samples -> a batch
     demo.py         real images that ship inside scikit-image and scikit-learn

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from swinv2_scale.data.folder import Item
+from swinv2_scale.data.folder import Item, one_file
 
 SPLITS = ("train", "validation")
 TILE = 128  # pixels; larger tiles leave the smallest photographs (451 x 300) with two of them
@@ -48,7 +48,7 @@ def photographs(split: str) -> tuple[list[str], list[Item]]:
         for left, top in tile_corners(photograph.width, photograph.height, split):
             tile = photograph.crop((left, top, left + TILE, top + TILE))
             content = _encode(tile, "JPEG", quality=95, subsampling=0)
-            items.append(Item(f"{name}/{top:04d}-{left:04d}", "jpg", label, content))
+            items.append(one_file(f"{name}/{top:04d}-{left:04d}", "jpg", label, content))
     return list(files), items
 
 
@@ -86,7 +86,7 @@ def digits(split: str) -> tuple[list[str], list[Item]]:
     for index in np.flatnonzero(held_out == (split == "validation")):
         pixels = np.round(data.images[index] * (255 / 16)).astype(np.uint8)
         items.append(
-            Item(f"digit-{index:04d}", "png", int(data.target[index]), _encode(Image.fromarray(pixels), "PNG"))
+            one_file(f"digit-{index:04d}", "png", int(data.target[index]), _encode(Image.fromarray(pixels), "PNG"))
         )
     return classes, items
 

@@ -3,7 +3,8 @@
 A shard is an ordinary webdataset tar: members `key.jpg`, `key.cls`, … that share a key and follow one another are one
 sample. Two files beside the shards turn them into a data set with random access:
 
-    manifest.json   format version; per shard its name, bytes, sha256 and samples; the classes; what it was packed from
+    manifest.json   format version; per shard its name, bytes, sha256 and samples; the classes and how many samples
+                    each of them has; what it was packed from
     offsets.npy     int64 (samples,): byte offset of the first tar header of each sample, in the order of the shards
 
 A sample is then one positioned read (shard, offset, size). The offsets are an array and not JSON because a data set of
@@ -22,7 +23,7 @@ import logging
 import os
 import re
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -62,8 +63,9 @@ class Manifest:
     """A data set: `len(manifest)` samples with indices 0 … len - 1, in the order of the shards.
 
     `classes` is empty when nobody named them; `origin` is what the shards were packed from (source, format, seed,
-    shard_size), empty for shards that somebody else wrote. `pictures` are key and label of each sample of a plain
-    folder, whose shards are its pictures. Where `root` is a URL, `reader` reads the shards.
+    shard_size, …), empty for shards that somebody else wrote. `pictures` are key and label of each sample of a plain
+    folder, whose shards are its pictures. Where `root` is a URL, `reader` reads the shards. `samples_per_class` counts
+    by the class's name, or its number where classes have no names; it is empty where nobody counted.
     """
 
     root: Path | str
@@ -73,6 +75,7 @@ class Manifest:
     offsets: np.ndarray = field(repr=False)  # int64 (samples,)
     pictures: tuple[tuple[str, int], ...] = field(default=(), repr=False)
     reader: Reader | None = field(default=None, repr=False)
+    samples_per_class: dict[str, int] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
         return len(self.offsets)
@@ -164,7 +167,13 @@ def open_manifest(source: str | os.PathLike[str], reader: Reader | None = None) 
 
 
 def write_manifest(
-    root: Path, shards: Sequence[Shard], offsets: np.ndarray, *, classes: Sequence[str], origin: dict[str, Any]
+    root: Path,
+    shards: Sequence[Shard],
+    offsets: np.ndarray,
+    *,
+    classes: Sequence[str],
+    origin: dict[str, Any],
+    samples_per_class: Mapping[str, int],
 ) -> Manifest:
     """Writes manifest.json and offsets.npy into `root`, each under a temporary name that is then renamed."""
     temporary = root / f".{OFFSETS_NAME}.{os.getpid()}"
@@ -175,6 +184,7 @@ def write_manifest(
         "version": FORMAT_VERSION,
         "origin": origin,
         "classes": list(classes),
+        "samples_per_class": dict(samples_per_class),
         "shards": [asdict(shard) for shard in shards],
     }
     # Last, because the presence of manifest.json is what says that a directory is finished.
@@ -222,15 +232,15 @@ _REMEDY = "pack the data again, or write a new manifest with `swinv2-scale data 
 
 def _read_remote(root: str, reader: Reader) -> Manifest:
     url = join(root, MANIFEST_NAME)
-    shards, classes, origin = _parse(reader.read_all(url), url)
+    shards, classes, origin, samples_per_class = _parse(reader.read_all(url), url)
     offsets = np.load(io.BytesIO(reader.read_all(join(root, OFFSETS_NAME))))
     _check_samples(shards, offsets, url)
     reader.take_counters()  # workers would inherit, and count again, what was not read for samples
-    return Manifest(root, shards, classes, origin, offsets, reader=reader)
+    return Manifest(root, shards, classes, origin, offsets, reader=reader, samples_per_class=samples_per_class)
 
 
 def _read_manifest(path: Path) -> Manifest:
-    shards, classes, origin = _parse(path.read_bytes(), path)
+    shards, classes, origin, samples_per_class = _parse(path.read_bytes(), path)
     for shard in shards:
         _check_size(path.parent / shard.name, shard, path)
     offsets_path = path.parent / OFFSETS_NAME
@@ -238,18 +248,18 @@ def _read_manifest(path: Path) -> Manifest:
         raise ValueError(f"{offsets_path} is missing beside {path.name}; copy it too, or {_REMEDY}")
     offsets = np.load(offsets_path, mmap_mode="r")
     _check_samples(shards, offsets, path)
-    return Manifest(path.parent.resolve(), shards, classes, origin, offsets)
+    return Manifest(path.parent.resolve(), shards, classes, origin, offsets, samples_per_class=samples_per_class)
 
 
-def _parse(text: bytes, path: Path | str) -> tuple[tuple[Shard, ...], tuple[str, ...], dict[str, Any]]:
-    """Shards, classes and origin of a manifest.json."""
+def _parse(text: bytes, path: Path | str) -> tuple[tuple[Shard, ...], tuple[str, ...], dict[str, Any], dict[str, int]]:
+    """Shards, classes, origin and samples per class of a manifest.json."""
     try:
         content = json.loads(text)
         version = content["version"]
         if version != FORMAT_VERSION:
             raise ValueError(f"{path} has format version {version}, this program reads {FORMAT_VERSION}; {_REMEDY}")
         shards = tuple(Shard(**entry) for entry in content["shards"])
-        return shards, tuple(content["classes"]), content["origin"]
+        return shards, tuple(content["classes"]), content["origin"], content.get("samples_per_class", {})
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no manifest of shards ({type(error).__name__}: {error}); {_REMEDY}") from error
 
@@ -295,12 +305,12 @@ def _list_folder(root: Path) -> Manifest:
     classes, items = image_folder(root)
     # The fixed order of a hash: any stretch of it has mixed classes, as in packed shards.
     items.sort(key=lambda item: hashlib.sha256(item.key.encode("utf-8", "surrogateescape")).digest())
-    paths = [item.content for item in items if isinstance(item.content, Path)]
+    paths = [content for item in items for content in item.members.values() if isinstance(content, Path)]
     shards = tuple(Shard(path.relative_to(root).as_posix(), path.stat().st_size, "", 1) for path in paths)
-    pictures = tuple((item.key, item.label) for item in items)
+    pictures = tuple((item.key, item.label) for item in items if item.label is not None)
     origin: dict[str, Any] = {"source": str(root.resolve()), "format": "imagefolder"}
     if not classes:
-        origin[HIGHEST_LABEL] = max(item.label for item in items)
+        origin[HIGHEST_LABEL] = max(label for _, label in pictures)
     return Manifest(root.resolve(), shards, tuple(classes), origin, np.zeros(len(items), np.int64), pictures)
 
 

@@ -1,74 +1,83 @@
-"""Packing: images of a source into webdataset shards with a manifest.
+"""Packing: the samples of a source into webdataset shards with a manifest.
 
 Packing shuffles once, so that a plain sequential reader (any program that uses `webdataset`) sees mixed classes, and
 writes near-equal shards whose bytes depend on the samples, the seed and the shard size only.
+
+Until a packing into DESTINATION is finished, its work lies beside it, and another one goes on from there:
+
+    .DESTINATION.partial/
+        lock        held by the processes that pack
+        plan.json   the origin that the manifest will have; partial work is of use as long as it stays the same
+        shards/     what becomes DESTINATION by being renamed; see writer.py
 """
 
+import fcntl
 import hashlib
+import json
 import logging
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from webdataset import TarWriter
 
-from swinv2_scale.data import demo
-from swinv2_scale.data.folder import Item, image_folder
-from swinv2_scale.data.manifest import (
-    HIGHEST_LABEL,
-    MANIFEST_NAME,
-    Manifest,
-    Shard,
-    index_shards,
-    open_manifest,
-    sha256_of,
-    write_manifest,
-)
+from swinv2_scale.data.folder import Item
+from swinv2_scale.data.layouts import read_source
+from swinv2_scale.data.manifest import HIGHEST_LABEL, MANIFEST_NAME, Manifest, open_manifest, write_manifest
 from swinv2_scale.data.order import shuffled
-from swinv2_scale.data.shards import progress_bar
+from swinv2_scale.data.writer import WRITTEN, read_note, write_all
 
 log = logging.getLogger(__name__)
 
-FORMATS = ("imagefolder", "demo")
 _TAR_BLOCK = 512
+_OF_THE_SOURCE = ("files", HIGHEST_LABEL, "category_ids")  # what changes in an origin when the source's contents do
 
 
-def pack(source: str, destination: Path, *, format: str, shard_size: int | str, seed: int) -> Manifest:
-    """Packs `source` into shards in the directory `destination`.
+def pack(
+    source: str, destination: Path, *, format: str, shard_size: int | str, seed: int, jobs: int | None = None
+) -> Manifest:
+    """Packs `source` into shards in the directory `destination`, in `jobs` processes (default: one per usable CPU).
 
-    `format` is "imagefolder" (source is a directory, see `image_folder`) or "demo" (see demo.samples). `shard_size` is
-    a number of samples, or bytes such as "256MB". A destination that was packed from the same source, format, seed and
-    shard size is left alone. Everything is written to a temporary directory beside the destination, then renamed.
+    `format` is one of layouts.FORMATS, which says there what `source` is. `shard_size` is a number of samples, or bytes
+    such as "256MB". A destination that was packed from the same source, format, seed and shard size is left alone.
+    An interrupted packing goes on from its finished shards, unless the source has changed.
 
-    Raises ValueError when the destination holds something else, or the source holds no images.
+    Raises ValueError when the destination holds something else, the source is not as the format says, somebody else
+    packs into the destination, or something cannot be read or written.
     """
-    if format not in FORMATS:
-        raise ValueError(f"there is no source format {format!r}; choose one of {', '.join(FORMATS)}")
     if seed < 0:
         raise ValueError(f"seed {seed} is negative; choose 0 or more")
-    if format == "imagefolder":
+    if jobs is not None and jobs < 1:
+        raise ValueError(f"{jobs} jobs cannot pack anything; choose 1 or more")
+    parse_shard_size(shard_size)
+    if format != "demo":
         source = str(Path(source).expanduser().resolve())
     destination = Path(destination).expanduser().absolute()
-    classes, items = image_folder(Path(source)) if format == "imagefolder" else demo.samples(source)
-    origin = {"source": source, "format": format, "seed": seed, "shard_size": str(shard_size)}
-    origin["files"] = _fingerprint(items)
-    if not classes:
-        origin[HIGHEST_LABEL] = max(item.label for item in items)
+    classes, items, facts = read_source(source, format)
+    origin = {"source": source, "format": format, "seed": seed, "shard_size": str(shard_size), **facts}
+    origin["files"] = _fingerprint(classes, items)
+    labels = [item.label for item in items if item.label is not None]
+    if labels and not classes:
+        origin[HIGHEST_LABEL] = max(labels)
     if _is_packed(destination, origin):
         log.info("already packed: %s", destination)
         return open_manifest(destination)
-    partial = destination.parent / f".{destination.name}.partial-{os.getpid()}"
-    partial.mkdir(parents=True)
-    try:
-        write_shards(items, partial, classes=classes, shard_size=shard_size, seed=seed, origin=origin)
-        partial.rename(destination)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    partial = destination.parent / f".{destination.name}.partial"
+    partial.mkdir(parents=True, exist_ok=True)
+    with _locked(partial / "lock", destination):
+        shards = _resume(partial, origin)
+        settings: dict[str, Any] = {"classes": classes, "shard_size": shard_size, "seed": seed, "origin": origin}
+        try:
+            write_shards(items, shards, **settings, jobs=jobs or len(os.sched_getaffinity(0)))
+            shards.rename(destination)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{error}. The same command goes on from the shards that are finished") from error
+        shutil.rmtree(partial)
     return open_manifest(destination)
 
 
@@ -80,8 +89,31 @@ def write_shards(
     shard_size: int | str,
     seed: int,
     origin: dict[str, Any],
+    jobs: int = 1,
 ) -> Manifest:
-    """Shuffles `items` by `seed` and writes them with their manifest into `directory`, which must exist."""
+    """Shuffles `items` by `seed` and writes them with their manifest into `directory`, which must exist.
+
+    Shards that an interrupted call with the same arguments has finished are kept. Raises ValueError as write_all does.
+    """
+    if not (directory / MANIFEST_NAME).exists():
+        groups = {f"shard-{number:06d}.tar": group for number, group in enumerate(_groups(items, shard_size, seed))}
+        write_all(directory, items, groups, jobs)
+        notes = [read_note(directory, name) for name in groups]
+        labels = sorted(Counter(item.label for item in items if item.label is not None).items())
+        write_manifest(
+            directory,
+            [shard for shard, _ in notes],
+            np.concatenate([offsets for _, offsets in notes]),
+            classes=classes,
+            origin=origin,
+            samples_per_class={classes[label] if classes else str(label): count for label, count in labels},
+        )
+    shutil.rmtree(directory / WRITTEN, ignore_errors=True)
+    return open_manifest(directory)
+
+
+def _groups(items: Sequence[Item], shard_size: int | str, seed: int) -> list[np.ndarray]:
+    """The shuffled indices of `items`, cut into shards."""
     size, in_bytes = parse_shard_size(shard_size)
     order = shuffled(len(items), seed)
     weights = np.array([_packed_bytes(items[i]) for i in order] if in_bytes else [1] * len(items), dtype=np.int64)
@@ -89,22 +121,7 @@ def write_shards(
     count = -(-int(ends[-1]) // size)
     # Cutting at equal fractions of the total keeps shards near-equal; a remainder in the last one would not be.
     cuts = np.searchsorted(ends, np.arange(1, count) * (ends[-1] / count), side="right")
-    groups = [group for group in np.split(order, cuts) if len(group)]
-    progress = iter(progress_bar(np.concatenate(groups), "packing"))
-    shards: list[Shard] = []
-    offsets: list[int] = []
-    for number, group in enumerate(groups):
-        path = directory / f"shard-{number:06d}.tar"
-        # PAX is plain ustar until a name is longer than 100 characters. Fixed times and owners: equal bytes.
-        with path.open("wb") as file, TarWriter(file, encoder=False, mtime=0, format="PAX_FORMAT") as writer:
-            for _ in range(len(group)):
-                item = items[next(progress)]
-                offsets.append(writer.tarstream.offset)
-                content = item.content if isinstance(item.content, bytes) else item.content.read_bytes()
-                writer.write({"__key__": item.key, item.extension: content, "cls": str(item.label).encode()})
-        shards.append(Shard(path.name, path.stat().st_size, sha256_of(path), len(group)))
-    next(progress, None)  # lets the progress bar finish
-    return write_manifest(directory, shards, np.array(offsets), classes=classes, origin=origin)
+    return [group for group in np.split(order, cuts) if len(group)]
 
 
 def parse_shard_size(text: int | str) -> tuple[int, bool]:
@@ -116,31 +133,67 @@ def parse_shard_size(text: int | str) -> tuple[int, bool]:
     return int(match[1]) * factor, match[2] != ""
 
 
-def index(directory: Path) -> Manifest:
-    """Writes a manifest beside shards that somebody else packed. Raises ValueError if there is one, or no shard."""
-    paths = sorted(directory.glob("*.tar"))
-    if not paths:
-        raise ValueError(f"{directory} holds no .tar files; give the directory of the shards")
-    if (directory / MANIFEST_NAME).exists():
-        raise ValueError(f"{directory} already has a {MANIFEST_NAME}; remove it first if the shards have changed")
-    root, shards, offsets = index_shards(paths, hashes=True)
-    return write_manifest(root, shards, offsets, classes=(), origin={})
+def _size_and_state(content: Path | bytes) -> tuple[int, bytes]:
+    """Bytes of a member, and what tells whether it has changed: size and time of a file, or the contents."""
+    if isinstance(content, bytes):
+        return len(content), content
+    try:
+        status = content.stat()
+    except OSError as error:
+        raise ValueError(f"cannot read {content} ({error.strerror}); repair it, or remove it") from error
+    return status.st_size, f"{status.st_size} {status.st_mtime_ns}".encode()
 
 
-def _fingerprint(items: Sequence[Item]) -> str:
+def _fingerprint(classes: Sequence[str], items: Sequence[Item]) -> str:
     """Tells whether a source is what it was: names, and sizes and times of files (contents of what is in memory)."""
-    digest = hashlib.sha256()
-    for key, _, label, content in items:
-        state = (
-            content if isinstance(content, bytes) else f"{content.stat().st_size} {content.stat().st_mtime_ns}".encode()
-        )
-        digest.update(f"{key} {label} ".encode("utf-8", "surrogateescape") + state)
+    digest = hashlib.sha256("\n".join(classes).encode("utf-8", "surrogateescape"))
+    for item in items:
+        for extension, content in item.members.items():
+            name = f"{item.key}.{extension} ".encode("utf-8", "surrogateescape")
+            digest.update(name + _size_and_state(content)[1])
     return digest.hexdigest()[:16]
 
 
 def _packed_bytes(item: Item) -> int:
-    content = len(item.content) if isinstance(item.content, bytes) else item.content.stat().st_size
-    return 4 * _TAR_BLOCK + content  # headers of image and class, the class, and what rounding adds on average
+    """What a sample takes in a shard: each member has a header, and is rounded up to whole blocks."""
+    return sum(2 * _TAR_BLOCK + _size_and_state(content)[0] for content in item.members.values())
+
+
+@contextmanager
+def _locked(path: Path, destination: Path) -> Iterator[None]:
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process is packing into {destination}; wait for it, or end it") from None
+        except OSError as error:  # a Lustre that is mounted without flock
+            log.warning("%s cannot be locked (%s): make sure that nobody else packs there", destination, error.strerror)
+        yield
+
+
+def _resume(partial: Path, origin: dict[str, Any]) -> Path:
+    """The directory of the shards of an interrupted packing, or a new one if there was none or its source changed."""
+    shards, plan = partial / "shards", partial / "plan.json"
+    if shards.exists():
+        planned = json.loads(plan.read_bytes())
+        changes = _differences(planned, origin, skip=_OF_THE_SOURCE)
+        if changes:
+            raise ValueError(f"{partial} holds an interrupted packing with {changes}; finish that one, or remove it")
+        if planned == origin:
+            log.info("going on from %d finished shard(s) in %s", len([*shards.glob("*.tar")]), shards)
+            return shards
+        log.warning("%s has changed since it was packed in part: the finished shards are discarded", origin["source"])
+        shutil.rmtree(shards)
+    temporary = plan.with_suffix(".new")
+    temporary.write_text(json.dumps(origin, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.replace(plan)
+    shards.mkdir()
+    return shards
+
+
+def _differences(found: dict[str, Any], wanted: dict[str, Any], skip: Sequence[str] = ()) -> str:
+    keys = [key for key in {**wanted, **found} if found.get(key) != wanted.get(key) and key not in skip]
+    return "; ".join(f"{key} {found.get(key)!r}, not {wanted.get(key)!r}" for key in keys)
 
 
 def _is_packed(destination: Path, origin: dict[str, Any]) -> bool:
@@ -150,10 +203,7 @@ def _is_packed(destination: Path, origin: dict[str, Any]) -> bool:
         raise ValueError(f"{destination} exists and holds no packed data; choose another directory, or remove it")
     packed = open_manifest(destination).origin
     if packed != origin:
-        differences = [
-            f"{key} {packed.get(key)!r}, not {origin[key]!r}" for key in origin if packed.get(key) != origin[key]
-        ]
         raise ValueError(
-            f"{destination} was packed with {'; '.join(differences)}; choose another directory, or remove it"
+            f"{destination} was packed with {_differences(packed, origin)}; choose another directory, or remove it"
         )
     return True

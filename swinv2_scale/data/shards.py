@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import json
 import os
 import tarfile
 from collections import Counter, OrderedDict
@@ -17,7 +18,7 @@ from rich.progress import track
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2 import functional as F
 
-from swinv2_scale.data.folder import IMAGE_EXTENSIONS
+from swinv2_scale.data.folder import IMAGE_EXTENSIONS, MASK_EXTENSION, VIDEO_EXTENSIONS
 from swinv2_scale.data.manifest import Manifest, Shard, sha256_of, split_member
 from swinv2_scale.data.order import OPEN_SHARDS, mixing
 
@@ -81,6 +82,12 @@ def decode_sample(members: dict[str, bytes], classes: Sequence[str]) -> tuple[to
     extension = next((extension for extension in IMAGE_EXTENSIONS if extension in members), None)
     if extension is None:
         raise CorruptSampleError(f"no image among its members {sorted(members)}")
+    label = decode_label(members, classes)
+    return decode(members[extension]), label
+
+
+def decode_label(members: dict[str, bytes], classes: Sequence[str]) -> int:
+    """The label of a sample's members, as in decode_sample."""
     text = members.get("cls", b"" if classes else b"-1").decode("ascii", "replace").strip()
     try:
         label = int(text)
@@ -90,7 +97,7 @@ def decode_sample(members: dict[str, bytes], classes: Sequence[str]) -> tuple[to
         ) from None
     if classes and not 0 <= label < len(classes):
         raise CorruptSampleError(f"class {label} is not one of 0 to {len(classes) - 1}")
-    return decode(members[extension]), label
+    return label
 
 
 def decode(content: bytes) -> torch.Tensor:
@@ -143,10 +150,44 @@ def verify(manifest: Manifest) -> list[str]:
         key = f"sample {number}"
         try:
             key, members = read_sample(manifest, number)
-            decode_sample(members, manifest.classes)
+            _check_sample(members, manifest)
         except (CorruptSampleError, OSError) as error:
             problems.append(f"{manifest.shard_of(number).name}:{key}: {error}")
     return problems
+
+
+def _check_sample(members: dict[str, bytes], manifest: Manifest) -> tuple[tuple[int, int] | None, int]:
+    """Size (Y, X) of a sample's image, None for a video, and its label, -1 for none.
+
+    What a sample must have depends on the format that it was packed from. Raises CorruptSampleError.
+    """
+    layout = manifest.origin.get("format")
+    if layout == "kinetics":
+        if not any(members.get(extension) for extension in VIDEO_EXTENSIONS):
+            raise CorruptSampleError(f"no video among its members {sorted(members)}, or an empty one")
+        return None, decode_label(members, manifest.classes)
+    if layout not in ("coco", "ade20k"):
+        image, label = decode_sample(members, manifest.classes)
+        return (image.shape[1], image.shape[2]), label
+    image, _ = decode_sample(members, ())
+    size = (image.shape[1], image.shape[2])
+    try:
+        if layout == "coco":
+            facts = json.loads(members["json"])
+            height, width = facts["height"], facts["width"]
+            labels = [annotation["label"] for annotation in facts["annotations"]]
+        else:
+            height, width = decode(members[MASK_EXTENSION]).shape[1:]
+            labels = []
+    except (KeyError, TypeError, ValueError) as error:
+        raise CorruptSampleError(
+            f"annotation is missing or does not decode ({type(error).__name__}: {error})"
+        ) from error
+    if size != (height, width):
+        raise CorruptSampleError(f"image has {size[0]} x {size[1]} pixels, its annotation {height} x {width}")
+    if not all(0 <= label < len(manifest.classes) for label in labels):
+        raise CorruptSampleError(f"labels {labels} are not all one of 0 to {len(manifest.classes) - 1}")
+    return size, -1
 
 
 def _sha256_of(manifest: Manifest, shard: Shard) -> str:
@@ -174,13 +215,14 @@ def stats(manifest: Manifest, *, open_shards: int = OPEN_SHARDS, looked_at: int 
     for number in indices.tolist():
         try:
             _, members = read_sample(manifest, number)
-            image, label = decode_sample(members, manifest.classes)
+            shape, label = _check_sample(members, manifest)
         except CorruptSampleError:
             corrupt += 1
             continue
         extensions.update(members.keys())
-        labels[manifest.classes[label] if manifest.classes else str(label)] += 1
-        shapes.append(tuple(image.shape[1:]))
+        labels[manifest.classes[label] if manifest.classes and label >= 0 else str(label)] += 1
+        if shape is not None:
+            shapes.append(shape)
     return {
         "samples": len(manifest),
         "shards": len(sizes),
@@ -194,6 +236,7 @@ def stats(manifest: Manifest, *, open_shards: int = OPEN_SHARDS, looked_at: int 
         "corrupt": corrupt,
         "members": dict(extensions),
         "labels": dict(sorted(labels.items())),
+        "samples_per_class": manifest.samples_per_class,
         "height": _range(shape[0] for shape in shapes),
         "width": _range(shape[1] for shape in shapes),
     }

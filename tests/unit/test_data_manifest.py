@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from swinv2_scale.data.folder import Item
+from swinv2_scale.data.folder import one_file
+from swinv2_scale.data.idx import index
 from swinv2_scale.data.manifest import Manifest, open_manifest
-from swinv2_scale.data.pack import index, write_shards
+from swinv2_scale.data.pack import write_shards
 from swinv2_scale.data.shards import read_sample
 
 
@@ -18,7 +19,7 @@ from swinv2_scale.data.shards import read_sample
 def packed(tmp_path: Path) -> Manifest:
     root = tmp_path / "packed"
     root.mkdir()
-    items = [Item(f"dir/k{i:02d}", "png", i % 2, bytes([i]) * (100 + 700 * i)) for i in range(10)]
+    items = [one_file(f"dir/k{i:02d}", "png", i % 2, bytes([i]) * (100 + 700 * i)) for i in range(10)]
     return write_shards(items, root, classes=["a", "b"], shard_size=4, seed=0, origin={"seed": 0})
 
 

@@ -9,7 +9,7 @@ import webdataset
 from PIL import Image
 
 from swinv2_scale.data import demo
-from swinv2_scale.data.folder import Item, image_folder
+from swinv2_scale.data.folder import image_folder, one_file
 from swinv2_scale.data.manifest import open_manifest, split_member
 from swinv2_scale.data.pack import pack, parse_shard_size, write_shards
 from swinv2_scale.data.shards import CorruptSampleError, decode, decode_sample, read_sample, stats, verify
@@ -98,7 +98,7 @@ def test_packing_is_deterministic_and_shuffled_by_the_seed(folder, tmp_path):
 
 
 def test_shards_are_near_equal(tmp_path):
-    items = [Item(f"k{i}", "png", 0, bytes(3000)) for i in range(103)]
+    items = [one_file(f"k{i}", "png", 0, bytes(3000)) for i in range(103)]
     for number, shard_size in enumerate((25, "120KB")):
         root = tmp_path / str(number)
         root.mkdir()
@@ -136,14 +136,15 @@ def test_second_packing_is_left_alone_and_another_one_refused(folder, tmp_path, 
         pack(str(folder), folder, **arguments)
 
 
-def test_an_interrupted_packing_leaves_nothing(folder, tmp_path, monkeypatch):
+def test_an_interrupted_packing_leaves_no_destination(folder, tmp_path, monkeypatch):
     def fail(self: Path) -> bytes:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Path, "read_bytes", fail)
     with pytest.raises(KeyboardInterrupt):
-        pack(str(folder), tmp_path / "out", format="imagefolder", shard_size=8, seed=0)
-    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+        pack(str(folder), tmp_path / "out", format="imagefolder", shard_size=8, seed=0, jobs=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.partial", "folder"]
+    assert [path.name for path in tmp_path.glob(".out.partial/shards/*.tar")] == []
 
 
 def test_image_folder_errors(tmp_path):
@@ -190,7 +191,7 @@ def test_tiles_are_the_photographs_pixels():
     top, left = map(int, item.key.split("/")[1].split("-"))
     with Image.open(demo.photograph_files()["astronaut"]) as image:
         tile = np.asarray(image.convert("RGB"))[top : top + demo.TILE, left : left + demo.TILE]
-    difference = np.abs(decode(item.content).permute(1, 2, 0).numpy().astype(int) - tile)
+    difference = np.abs(decode(item.members["jpg"]).permute(1, 2, 0).numpy().astype(int) - tile)
     assert difference.mean() < 2
 
 
@@ -200,7 +201,7 @@ def test_digits_keep_their_values():
     _, items = demo.digits("train")
     item = items[17]
     index = int(item.key.split("-")[1])
-    assert np.array_equal(decode(item.content)[0].numpy(), np.round(load_digits().images[index] * 255 / 16))
+    assert np.array_equal(decode(item.members["png"])[0].numpy(), np.round(load_digits().images[index] * 255 / 16))
 
 
 def test_unknown_demo_names_the_known_ones():
@@ -249,7 +250,7 @@ def test_unusable_samples_are_named():
 
 def test_verify_finds_changed_bytes_and_undecodable_images(tmp_path):
     good = encode(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8), "PNG")
-    items = [Item(f"k{i}", "png", 0, good if i != 3 else b"broken") for i in range(6)]
+    items = [one_file(f"k{i}", "png", 0, good if i != 3 else b"broken") for i in range(6)]
     manifest = write_shards(items, tmp_path, classes=["c"], shard_size=10, seed=0, origin={})
     assert [problem.split(": ")[0] for problem in verify(manifest)] == ["shard-000000.tar:k3"]
     path = tmp_path / "shard-000000.tar"
@@ -260,7 +261,7 @@ def test_verify_finds_changed_bytes_and_undecodable_images(tmp_path):
 
 
 def test_stats_count(tmp_path):
-    items = [Item(f"k{i}", "png", i % 2, encode(np.zeros((8 + i, 16, 3), np.uint8), "PNG")) for i in range(6)]
+    items = [one_file(f"k{i}", "png", i % 2, encode(np.zeros((8 + i, 16, 3), np.uint8), "PNG")) for i in range(6)]
     numbers = stats(write_shards(items, tmp_path, classes=["a", "b"], shard_size=3, seed=0, origin={}))
     assert (numbers["samples"], numbers["shards"], numbers["labels"]) == (6, 2, {"a": 3, "b": 3})
     assert numbers["height"] == {"min": 8, "median": 11, "max": 13}

@@ -13,7 +13,7 @@ import pytest
 
 from swinv2_scale.data import cache, sources
 from swinv2_scale.data.cache import Cache
-from swinv2_scale.data.folder import Item
+from swinv2_scale.data.folder import one_file
 from swinv2_scale.data.manifest import MANIFEST_NAME, open_manifest
 from swinv2_scale.data.pack import write_shards
 from swinv2_scale.data.shards import read_sample, verify
@@ -123,7 +123,7 @@ def test_a_command_that_gives_another_length_is_refused(file: Path, other: int) 
 
 
 def test_shards_behind_a_command_are_those_of_the_directory(tmp_path: Path) -> None:
-    items = [Item(f"k{i:02d}", "bin", i, bytes([i]) * 1000) for i in range(20)]
+    items = [one_file(f"k{i:02d}", "bin", i, bytes([i]) * 1000) for i in range(20)]
     (tmp_path / "packed").mkdir()
     local = write_shards(items, tmp_path / "packed", classes=[], shard_size=5, seed=0, origin={})
     for settings in ({}, {"cache": str(tmp_path / "cache")}):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from swinv2_scale.data.folder import Item
+from swinv2_scale.data.folder import one_file
 from swinv2_scale.data.manifest import Manifest
 from swinv2_scale.data.mixture import Mixture
 from swinv2_scale.data.order import shuffled
@@ -34,7 +34,7 @@ def make(tmp_path: Path) -> MakeManifest:
         for i in range(SAMPLES):
             buffer = io.BytesIO()
             Image.fromarray(random.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(buffer, "PNG")
-            items.append(Item(f"k{i:02d}", "png", i % 4, b"broken" if i in broken else buffer.getvalue()))
+            items.append(one_file(f"k{i:02d}", "png", i % 4, b"broken" if i in broken else buffer.getvalue()))
         return write_shards(items, tmp_path, classes=list("abcd"), shard_size=9, seed=0, origin={})
 
     return build
@@ -156,7 +156,7 @@ def test_a_stream_without_end_goes_on_past_epochs(make):
 def test_several_sources_are_mixed_by_weight_and_substituted_within(make, tmp_path):
     buffer = io.BytesIO()
     Image.new("RGB", (20, 24)).save(buffer, "PNG")
-    others = [Item(f"other{i}", "png", 0, b"broken" if i == 1 else buffer.getvalue()) for i in range(3)]
+    others = [one_file(f"other{i}", "png", 0, b"broken" if i == 1 else buffer.getvalue()) for i in range(3)]
     (tmp_path / "other").mkdir()
     other = write_shards(others, tmp_path / "other", classes=list("abcd"), shard_size=9, seed=0, origin={})
     data = Mixture((make(), other), weights=(3, 1))

@@ -1,0 +1,265 @@
+"""What can be packed: the layouts in which data sets are published, as classes and samples.
+
+    imagefolder   SOURCE/class/name.jpg, as ImageNet-1K and -22K
+    csv           SOURCE is a table with a column `path` (absolute, or relative to the table), and `label` (numbers),
+                  or `class` (names), or neither for images without labels
+    coco          SOURCE is ROOT/annotations/instances_SPLIT.json, the images are in ROOT/SPLIT
+    ade20k        SOURCE is ADEChallengeData2016/images/SPLIT, the masks are in ADEChallengeData2016/annotations/SPLIT
+    kinetics      SOURCE/class/name.mp4; or SOURCE is the published table SPLIT.csv, with the videos anywhere below it
+    demo          images that ship inside Python packages, see demo.py
+
+Members of a sample, beside `cls` where it has one label:
+
+    imagefolder, csv, demo   the image, under its file's extension
+    coco                     the image, and `json`: image_id, file_name, width, height, and `annotations` as published,
+                             each with one more key, `label`: the position of its category in the manifest's classes
+    ade20k                   the image, and `seg.png`: 0 is no class, the value v is classes[v - 1]
+    kinetics                 the video, under its file's extension
+"""
+
+import csv
+import io
+import json
+import logging
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path, PurePath
+from typing import Any, NamedTuple
+
+from swinv2_scale.data import demo
+from swinv2_scale.data.folder import (
+    IMAGE_EXTENSIONS,
+    MASK_EXTENSION,
+    VIDEO_EXTENSIONS,
+    Item,
+    class_folders,
+    image_folder,
+    one_file,
+    sample_key,
+)
+
+log = logging.getLogger(__name__)
+
+FORMATS = ("imagefolder", "csv", "coco", "ade20k", "kinetics", "demo")
+
+
+class Source(NamedTuple):
+    """Class names ([]: nobody named them), samples, and what the manifest's origin must remember of the source."""
+
+    classes: list[str]
+    items: list[Item]
+    facts: dict[str, Any] = {}  # noqa: RUF012  # never changed
+
+
+def read_source(source: str, format: str) -> Source:
+    """What `source` holds, read as `format`, one of FORMATS. Raises ValueError for what is missing or malformed."""
+    path = Path(source)
+    if format == "imagefolder":
+        return Source(*image_folder(path))
+    if format == "csv":
+        return image_table(path)
+    if format == "coco":
+        return coco(path)
+    if format == "ade20k":
+        return ade20k(path)
+    if format == "kinetics":
+        return kinetics(path)
+    if format == "demo":
+        return Source(*demo.samples(source))
+    raise ValueError(f"there is no source format {format!r}; choose one of {', '.join(FORMATS)}")
+
+
+def image_table(table: Path) -> Source:
+    """The images of a CSV table with a header; of its columns, `path` and `label` or `class` are looked at.
+
+    Class names get labels by their sorted order, so tables of several splits must name the same classes. Raises
+    ValueError, with the line, for a missing column or file, an extension that is no image's, and a malformed label.
+    """
+    columns, rows = _read_table(table, ["path"])
+    if {"label", "class"} <= set(columns):
+        raise ValueError(f"{table} has a column `label` and a column `class`; rename the one that is not to be used")
+    column = next((name for name in ("label", "class") if name in columns), None)
+    samples: list[tuple[str, Path, str]] = []  # key, file, label or class
+    taken: set[str] = set()
+    for place, row in rows:
+        relative = PurePath(row["path"])
+        path = table.parent / relative
+        if path.suffix[1:].lower() not in IMAGE_EXTENSIONS:
+            raise ValueError(f"{place}: {row['path']!r} is no image ({', '.join(IMAGE_EXTENSIONS)}); convert it")
+        if not path.is_file():
+            raise ValueError(f"{place}: there is no file {path}; paths are absolute, or relative to the table")
+        text = row[column] if column else ""
+        if column == "label" and not (text.isascii() and text.isdigit()):
+            raise ValueError(f"{place}: label {text!r} is no number from 0 on; names belong into a column `class`")
+        if column == "class" and not text:
+            raise ValueError(f"{place}: the class is empty; name it, or remove the line")
+        below = PurePath(*(part for part in relative.parts if part not in (relative.anchor, "..")))
+        samples.append((sample_key(below, taken), path, text))
+    classes = sorted({text for _, _, text in samples}) if column == "class" else []
+    number = {name: position for position, name in enumerate(classes)}
+    return Source(
+        classes,
+        [
+            one_file(key, path.suffix[1:].lower(), (number[text] if classes else int(text)) if column else None, path)
+            for key, path, text in samples
+        ],
+    )
+
+
+def coco(annotations: Path) -> Source:
+    """The images of a COCO annotation file, with or without annotations; classes are its categories in order of id.
+
+    The categories' published ids, in the order of the classes, become `category_ids` of the origin. Images are looked
+    for in the directory named like the file's last word (instances_train2017.json: train2017), beside the file or
+    beside its directory. Raises ValueError when an image is missing, or an annotation's image or category is unknown.
+    """
+    if annotations.suffix != ".json" or not annotations.is_file():
+        raise ValueError(f"{annotations} is no COCO annotation file; give ROOT/annotations/instances_SPLIT.json")
+    split = annotations.stem.rpartition("_")[2]
+    places = [parent / split for parent in annotations.parents[:2]]
+    root = next((place for place in places if place.is_dir()), None)
+    if root is None:
+        raise ValueError(
+            f"the images of {annotations} are neither in {places[0]} nor in {places[1]}; move or link them there"
+        )
+    try:
+        content = json.loads(annotations.read_bytes())
+        categories = sorted(content["categories"], key=lambda category: category["id"])
+        ids = [category["id"] for category in categories]
+        items = _coco_items(content, {number: position for position, number in enumerate(ids)}, root, annotations)
+        return Source([category["name"] for category in categories], items, {"category_ids": ids})
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{annotations} is no COCO annotation file ({type(error).__name__}: {error}); get it again, or convert it"
+        ) from error
+
+
+def _coco_items(content: dict[str, Any], labels: dict[int, int], root: Path, place: Path) -> list[Item]:
+    """The images of a parsed annotation file `place`; `labels` are by category id."""
+    known = {image["id"] for image in content["images"]}
+    of_image: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    for annotation in content.get("annotations", ()):
+        if annotation["image_id"] not in known or annotation["category_id"] not in labels:
+            raise ValueError(
+                f"{place}: annotation {annotation['id']} is of image {annotation['image_id']} and category "
+                f"{annotation['category_id']}, which are not both in the file; it is damaged, get it again"
+            )
+        of_image[annotation["image_id"]].append({**annotation, "label": labels[annotation["category_id"]]})
+    items: list[Item] = []
+    taken: set[str] = set()
+    missing: list[Path] = []
+    for image in content["images"]:
+        path = root / image["file_name"]
+        if not path.is_file():
+            missing.append(path)
+        facts = {"image_id": image["id"], **{key: image[key] for key in ("file_name", "width", "height")}}
+        text = json.dumps({**facts, "annotations": of_image[image["id"]]}, ensure_ascii=False)
+        members: dict[str, Path | bytes] = {path.suffix[1:].lower(): path, "json": text.encode()}
+        items.append(Item(sample_key(PurePath(image["file_name"]), taken), members))
+    if missing:
+        raise ValueError(
+            f"{len(missing)} of {len(items)} images of {place} are missing, the first {missing[0]}; "
+            "unpack the images there"
+        )
+    return items
+
+
+def ade20k(images: Path) -> Source:
+    """The images of a directory ADEChallengeData2016/images/SPLIT with their masks, annotations/SPLIT/name.png.
+
+    Class names are the last column of ADEChallengeData2016/objectInfo150.txt; without that file there are none.
+    """
+    root = images.parent.parent
+    masks = root / "annotations" / images.name
+    if images.parent.name != "images" or not images.is_dir():
+        raise ValueError(f"{images} is no directory of ADE20K images; give ADEChallengeData2016/images/SPLIT")
+    paths = [path for path in sorted(images.iterdir()) if path.suffix[1:].lower() in IMAGE_EXTENSIONS]
+    missing = [path for path in paths if not (masks / f"{path.stem}.png").is_file()]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} of {len(paths)} images have no mask, the first of them {missing[0].name}: "
+            f"there is no {masks / missing[0].stem}.png; unpack the annotations there"
+        )
+    taken: set[str] = set()
+    items = []
+    for path in paths:
+        members: dict[str, Path | bytes] = {path.suffix[1:].lower(): path, MASK_EXTENSION: masks / f"{path.stem}.png"}
+        items.append(Item(sample_key(PurePath(path.name), taken), members))
+    table = root / "objectInfo150.txt"
+    lines = table.read_text(encoding="utf-8").splitlines()[1:] if table.is_file() else []
+    return Source([line.rpartition("\t")[2].strip() for line in lines if line.strip()], items)
+
+
+def kinetics(source: Path) -> Source:
+    """The videos of a tree `source/class/name.mp4` (see class_folders), or of a published Kinetics table.
+
+    A table has the columns label, youtube_id, time_start, time_end (seconds). Its videos are called
+    ID_START_END.mp4, numbers with six digits, in any directory below the table's, or, where that is called
+    annotations, below the one above. Videos that are not there are counted in a warning: many have left the network
+    since the tables were published. Classes are all labels of the table, sorted.
+    """
+    if source.suffix.lower() != ".csv":
+        layout = "Kinetics is SOURCE/class/name.mp4, or a table of label,youtube_id,time_start,time_end"
+        return Source(*class_folders(source, VIDEO_EXTENSIONS, "videos", layout))
+    _, lines = _read_table(source, ["label", "youtube_id", "time_start", "time_end"])
+    rows = list(lines)
+    classes = sorted({row["label"] for _, row in rows})
+    number = {name: position for position, name in enumerate(classes)}
+    root = source.parent.parent if source.parent.name == "annotations" else source.parent
+    found: dict[str, Path] = {}  # of several of one name the first: train/x.mp4 may have a sound copy replacement/x.mp4
+    for path in sorted(root.rglob("*")):
+        if path.suffix[1:].lower() in VIDEO_EXTENSIONS:
+            found.setdefault(path.stem, path)
+    items = []
+    taken: set[str] = set()
+    missing = []
+    for place, row in rows:
+        try:
+            name = f"{row['youtube_id']}_{int(row['time_start']):06d}_{int(row['time_end']):06d}"
+        except ValueError:
+            raise ValueError(
+                f"{place}: time_start {row['time_start']!r} and time_end {row['time_end']!r} must be whole seconds"
+            ) from None
+        if name not in found:
+            missing.append(name)
+            continue
+        path = found[name]
+        key = sample_key(PurePath(row["label"].replace("/", "_"), path.name), taken)
+        items.append(one_file(key, path.suffix[1:].lower(), number[row["label"]], path))
+    if not items:
+        raise ValueError(
+            f"none of the {len(missing)} videos of {source} is below {root}, the first would be {missing[0]}.mp4; "
+            "put the table above the videos"
+            if missing
+            else f"{source} lists no video; get the table again"
+        )
+    if missing:
+        log.warning(
+            "%s: %d of %d videos are missing, such as %s.mp4; they are left out",
+            *(source, len(missing), len(rows), missing[0]),
+        )
+    return Source(classes, items)
+
+
+def _read_table(table: Path, needed: list[str]) -> tuple[list[str], Iterator[tuple[str, dict[str, str]]]]:
+    """Column names of a CSV table, and its rows with their places for messages, "file, line 7"."""
+    if not table.is_file():
+        raise ValueError(f"{table} is no file; give a CSV table with the columns {', '.join(needed)}")
+    try:
+        text = table.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{table} is not written in UTF-8 ({error}); convert it") from error
+    reader = csv.DictReader(io.StringIO(text, newline=""), restkey="")
+    columns = list(reader.fieldnames or [])
+    for name in needed:
+        if name not in columns:
+            raise ValueError(f"{table}, line 1: there is no column {name!r} among {columns}; name it in the header")
+    return columns, _rows(table, reader)
+
+
+def _rows(table: Path, reader: "csv.DictReader[str]") -> Iterator[tuple[str, dict[str, str]]]:
+    for row in reader:
+        place = f"{table}, line {reader.line_num}"
+        if None in row.values() or "" in row:
+            raise ValueError(f"{place}: it has not the columns of the header; put values with commas into quotes")
+        yield place, {name: text.strip() for name, text in row.items()}
