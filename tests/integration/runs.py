@@ -81,9 +81,10 @@ def command(launcher: str, ranks: int, script: str) -> list[str]:
     return [executable, f"--num_accelerators={ranks}", f"--master_port={free_port()}", path]
 
 
-def await_step(record: Path, step: int, process: subprocess.Popen[str]) -> None:
+def await_step(record: Path, begin: int, step: int, process: subprocess.Popen[str]) -> None:
+    """Wait for a step in what comes after the record's first `begin` bytes, which are those of earlier attempts."""
     deadline = time.monotonic() + 300
-    while not (record.exists() and f'"event": "train", "step": {step},' in record.read_text()):
+    while not (record.exists() and f'"event": "train", "step": {step},'.encode() in record.read_bytes()[begin:]):
         assert process.poll() is None and time.monotonic() < deadline, f"the run ended before step {step}"
         time.sleep(0.01)
 
@@ -134,6 +135,8 @@ def run(
         "GLOO_SOCKET_IFNAME": "lo",
         "TORCHDYNAMO_DISABLE": "1",  # saves DeepSpeed's import of the compiler at every start
     }
+    record = directory / "metrics.jsonl"
+    begin = record.stat().st_size if record.exists() else 0
     with subprocess.Popen(
         [*command(launcher or ("python" if ranks == 1 else "torchrun"), ranks, script), *arguments, *overrides],
         cwd=ROOT,
@@ -145,7 +148,7 @@ def run(
     ) as process:
         try:
             if at is not None:
-                await_step(directory / "metrics.jsonl", at[0], process)
+                await_step(record, begin, at[0], process)
                 at[1](ranks_of(process.pid))
             output, _ = process.communicate(timeout=300)
         except BaseException:
