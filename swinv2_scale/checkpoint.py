@@ -3,6 +3,7 @@
     RUN_DIR/checkpoints/step_00000400/
         model.safetensors       float32 master weights in the released naming; metadata: model, pretrained_windows
         optimizer.safetensors   exp_avg.<name>, exp_avg_sq.<name>
+        ema.safetensors         averages of the weights, where they are kept: a file of weights like the first
         state.json              step; seed, global batch and data hash; versions
         config.yaml             the resolved configuration
         MANIFEST.json           size and SHA-256 of each file above
@@ -15,6 +16,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from torch import Tensor
 
 from swinv2_scale import distributed
 from swinv2_scale.data.manifest import sha256_of
-from swinv2_scale.engine import Engine
+from swinv2_scale.engine import AVERAGE, Engine
 
 FOLDER = "checkpoints"
 
@@ -43,6 +45,8 @@ def save(
     writer = _Writer(temporary, writes=distributed.rank() == 0)
     writer.tensors("model.safetensors", engine.parameters(), header)
     writer.tensors("optimizer.safetensors", engine.optimizer_state(), {"format": "pt"})
+    if engine.has_averages:
+        writer.tensors("ema.safetensors", engine.averages(), header)
     writer.call(
         lambda: (temporary / "state.json").write_text(
             json.dumps({"step": step, "updates": engine.updates, **state}, indent=1)
@@ -154,8 +158,15 @@ def restore(path: Path, engine: Engine, identity: dict[str, Any]) -> dict[str, A
                 f"checkpoint {path} is of another model: {name} has shape {saved.get(name, 'none')} there and "
                 f"{expected.get(name, 'none')} here. Give the run another name=…, or its directory back its model"
             )
-        with safe_open(path / "optimizer.safetensors", framework="pt") as optimizer:
-            engine.load(model.get_tensor, optimizer.get_tensor, step=state["updates"])
+        with ExitStack() as files:
+            names = ("optimizer", "ema") if engine.has_averages else ("optimizer",)
+            opened = {name: files.enter_context(safe_open(path / f"{name}.safetensors", "pt")) for name in names}
+
+            def state_of(key: str) -> Tensor:
+                kind, _, name = key.partition(".")
+                return opened["ema"].get_tensor(name) if kind == AVERAGE else opened["optimizer"].get_tensor(key)
+
+            engine.load(model.get_tensor, state_of, step=state["updates"])
     assert isinstance(state, dict)
     return state
 

@@ -132,7 +132,12 @@ class Engine:
     """
 
     def __init__(
-        self, model: nn.Module, groups: list[dict[str, Any]], optimizer: Callable[..., Any], ds_config: dict[str, Any]
+        self,
+        model: nn.Module,
+        groups: list[dict[str, Any]],
+        optimizer: Callable[..., torch.optim.Optimizer],
+        ds_config: dict[str, Any],
+        ema_decay: float | None = None,
     ) -> None:
         # DeepSpeed would clone the world with torch's default timeout in place of the run's.
         deepspeed.utils.groups._WORLD_GROUP = distributed.world()
@@ -152,6 +157,7 @@ class Engine:
         self._zero = stage > 0
         self._norm: Tensor | None = None
         self._base = self._deepspeed.optimizer.optimizer if self._zero else self._deepspeed.optimizer
+        self._ema_decay = ema_decay
         if self._zero:
             self._deepspeed.optimizer.check_grad_overflow = True  # otherwise it applies what is not finite to bfloat16
         else:
@@ -182,6 +188,7 @@ class Engine:
         if applied:
             self.updates += 1
             self._norm = torch.as_tensor(self._deepspeed.get_global_grad_norm()) if self._zero else self._norm
+            self._average()
         return Step(total / count, applied)
 
     def gradient_norm(self) -> float | None:
@@ -190,6 +197,13 @@ class Engine:
         Kept on the device until it is asked for.
         """
         return None if self._norm is None else float(self._norm)
+
+    def _average(self) -> None:
+        """Move the averages of the master weights by one update; in the first few dozen they follow faster."""
+        if self._ema_decay is not None:
+            decay = min(self._ema_decay, (1 + self.updates) / (10 + self.updates))
+            for weights, state in self._base.state.items():
+                state[AVERAGE].lerp_(weights.detach(), 1 - decay)
 
     def _examine(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """Before a step without ZeRO, whose gradients are those of all ranks: clip; hold back what is not finite."""
@@ -214,15 +228,24 @@ class Engine:
         """Every optimiser state as (state.name, float32 on the CPU), for example exp_avg.norm.weight. Collective."""
         for parameter, name in self._trainable():
             for key in self._state_keys:
-                value = (
-                    safe_get_full_optimizer_state(parameter, key) if self._zero else self._base.state[parameter][key]
-                )
-                yield f"{key}.{name}", value.cpu()
+                if key != AVERAGE:
+                    yield f"{key}.{name}", self._state(parameter, key)
+
+    @property
+    def has_averages(self) -> bool:
+        """Whether there is an EMA of the weights."""
+        return self._ema_decay is not None
+
+    def averages(self) -> Iterator[tuple[str, Tensor]]:
+        """The average of every trainable parameter by name, float32 on the CPU. Collective."""
+        for parameter, name in self._trainable():
+            yield name, self._state(parameter, AVERAGE)
 
     def load(self, parameter: Callable[[str], Tensor], state: Callable[[str], Tensor] | None, step: int) -> None:
-        """Set master weights and, unless state is None, optimiser states from functions of their names.
+        """Set master weights and, unless state is None, optimiser states and averages from functions of their names.
 
-        step: optimiser steps applied so far, for Adam's bias correction.
+        The average of norm.weight is the state ema.norm.weight. step: optimiser steps applied so far, for Adam's bias
+        correction.
         """
         self.updates = step
         with torch.no_grad():
@@ -240,51 +263,63 @@ class Engine:
                         safe_set_full_optimizer_state(target, value, key)
                     else:
                         self._base.state[target][key].copy_(value)
-            for values in self._base.state.values():
+            for weights, values in self._base.state.items():
                 if "step" in values:
                     values["step"].fill_(step)
+                if AVERAGE in values and state is None:
+                    values[AVERAGE].copy_(weights)
             if self._zero:
                 self._deepspeed.optimizer.update_lp_params()
 
     def _trainable(self) -> Iterator[tuple[nn.Parameter, str]]:
         return ((parameter, name) for parameter, name in self._names.items() if parameter.requires_grad)
 
+    def _state(self, parameter: nn.Parameter, key: str) -> Tensor:
+        return (safe_get_full_optimizer_state(parameter, key) if self._zero else self._base.state[parameter][key]).cpu()
+
     def _allocate_optimizer_state(self) -> None:
-        """Create the optimiser's states now, as its first step would: so a checkpoint can be loaded into them."""
-        self._state_keys = STATES[type(self._base).__name__]
+        """Create the optimiser's states now, as its first step would: so a checkpoint can be loaded into them.
+
+        The averages are one more of them, as far as DeepSpeed knows: so they are divided among the ranks alike.
+        """
+        self._state_keys = STATES[type(self._base).__name__] + (AVERAGE,) * (self._ema_decay is not None)
         for group in self._base.param_groups:
             for parameter in group["params"]:
                 state = self._base.state[parameter]
                 state["step"] = torch.zeros((), device=parameter.device if group.get("fused") else "cpu")
                 state.update({key: torch.zeros_like(parameter) for key in self._state_keys})
+                if AVERAGE in state:
+                    state[AVERAGE].copy_(parameter.detach())
         if self._zero:
             self._deepspeed.optimizer._lazy_init_hp_params_optimizer_state()
 
 
+AVERAGE = "ema"  # the exponential moving average of a parameter, kept among the optimiser's states
 # Per-parameter tensors that each optimiser keeps.
-STATES = {"AdamW": ("exp_avg", "exp_avg_sq")}
+STATES: dict[str, tuple[str, ...]] = {
+    "AdamW": ("exp_avg", "exp_avg_sq"),
+    "SGD": ("momentum_buffer",),
+    "Lamb": ("exp_avg", "exp_avg_sq"),
+}
 
 
 def build_engine(
     model: nn.Module,
     groups: list[dict[str, Any]],
     *,
-    betas: tuple[float, float],
-    eps: float,
+    optimizer: Callable[..., torch.optim.Optimizer],
     precision: str,
     ds_config: dict[str, Any],
+    ema_decay: float | None = None,
 ) -> Engine:
-    """An Engine with AdamW over parameter groups that carry weight_decay and lr_scale.
+    """An Engine over parameter groups that carry weight_decay and lr_scale; `optimizer` is made of such groups.
 
-    The model is cast in place; the master weights keep the float32 values that it had.
+    The model is cast in place; the master weights keep the float32 values that it had. With `ema_decay` their
+    exponential moving average is kept beside them.
     """
     originals = {name: p.detach().clone() for name, p in model.named_parameters()} if precision != "fp32" else {}
     cast(model, precision)
-
-    def optimizer(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=True)
-
-    engine = Engine(model, groups, optimizer, ds_config)
+    engine = Engine(model, groups, optimizer, ds_config, ema_decay)
     if originals:
         engine.load(originals.__getitem__, None, step=0)
     return engine

@@ -2,11 +2,13 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 # The first pattern that matches a parameter's name says whether weight decay applies; 1-D parameters never decay.
 # The released SimMIM trainer looks these names up with a prefix that is not there and so decays the first three.
@@ -65,6 +67,67 @@ def parameter_groups(
         group["params"].append(parameter)
         group["names"].append(name)
     return list(groups.values())
+
+
+def optimizer(
+    name: str, zero_stage: int, *, betas: tuple[float, float], eps: float
+) -> Callable[..., torch.optim.Optimizer]:
+    """What makes the optimiser `name` of parameter groups: adamw, sgd (betas[0] is its momentum), or lamb.
+
+    Its learning rates are those that the engine sets. Raises ValueError for another name, and for LAMB with ZeRO, which
+    hands an optimiser slices of many parameters at once, while LAMB scales the step of each parameter by its norm.
+    """
+    if name == "adamw":
+        return partial(torch.optim.AdamW, lr=0.0, betas=betas, eps=eps, fused=True)
+    if name == "sgd":
+        return partial(torch.optim.SGD, lr=0.0, momentum=betas[0], fused=True)
+    if name != "lamb":
+        raise ValueError(f"optim.name={name} is not one of adamw, sgd, lamb")
+    if zero_stage:
+        raise ValueError(
+            "optim.name=lamb needs whole parameters, which ZeRO divides: add parallel=zero0 precision=fp32"
+        )
+    return partial(Lamb, lr=0.0, betas=betas, eps=eps)
+
+
+class Lamb(torch.optim.Optimizer):
+    """LAMB (arXiv 1904.00962, algorithm 2, with the identity for phi): AdamW whose step has each weight's own length.
+
+    Parameters without weight decay (norms, biases, scales) take plain Adam steps, as in the authors' code. `found_inf`,
+    a tensor that is not 0 where gradients are not finite, makes a step that changes nothing.
+    """
+
+    found_inf: Tensor | None = None
+
+    def __init__(self, params: Any, lr: float, betas: tuple[float, float], eps: float) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One step of every parameter that has a gradient."""
+        if self.found_inf is not None and bool(self.found_inf):
+            return
+        for group in self.param_groups:
+            slow, slower = group["betas"]
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state["step"] = torch.zeros(())
+                    state.update(exp_avg=torch.zeros_like(parameter), exp_avg_sq=torch.zeros_like(parameter))
+                state["step"] += 1
+                mean, square = state["exp_avg"], state["exp_avg_sq"]
+                mean.lerp_(parameter.grad, 1 - slow)
+                square.mul_(slower).addcmul_(parameter.grad, parameter.grad, value=1 - slower)
+                steps = float(state["step"])
+                update = (mean / (1 - slow**steps)) / ((square / (1 - slower**steps)).sqrt() + group["eps"])
+                ratio: Tensor | float = 1.0
+                if group["weight_decay"]:
+                    update.add_(parameter, alpha=group["weight_decay"])
+                    lengths = parameter.norm(), update.norm()
+                    ratio = torch.where((lengths[0] > 0) & (lengths[1] > 0), lengths[0] / lengths[1], 1.0)
+                parameter.sub_(group["lr"] * ratio * update)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,7 +27,7 @@ from swinv2_scale.heartbeat import Heartbeat
 from swinv2_scale.models import memory
 from swinv2_scale.models.convert import describe, load_checkpoint
 from swinv2_scale.ops import native, selfcheck
-from swinv2_scale.optim import Schedule, parameter_groups
+from swinv2_scale.optim import Schedule, optimizer, parameter_groups
 from swinv2_scale.telemetry import RECORD, Telemetry
 from swinv2_scale.train import Evaluation, Task, evaluate, train
 
@@ -85,6 +85,7 @@ def training(cfg: Any) -> None:
     # 3  model and engine, with the state of the newest checkpoint if there is one
     check_kernel(cfg.memory.attention)
     identity = {"seed": cfg.seed, "global_batch": cfg.global_batch, **data.identity}
+    identity |= {"optim.name": cfg.optim.name, "optim.ema_decay": cfg.optim.ema_decay}
     identity |= {f"model.{key}": value for key, value in config.plain(cfg.model).items()}
     guard = Guard(**cfg.guard, tell=telemetry.skipped)
     model, engine, start = open_model(cfg, task, run_dir, identity, guard, telemetry)
@@ -185,7 +186,8 @@ def open_model(
     cfg: Any, task: Task, run_dir: Path, identity: dict[str, Any], guard: Guard, telemetry: Telemetry
 ) -> tuple[nn.Module, Engine, int]:
     """The model, the engine that trains it, and the steps that it has been trained for."""
-    # 1  what DeepSpeed is told; impossible batches end here
+    # 1  the optimiser, and what DeepSpeed is told; impossible batches end here
+    make = optimizer(cfg.optim.name, cfg.parallel.zero_stage, betas=tuple(cfg.optim.betas), eps=cfg.optim.eps)
     ds_config = deepspeed_config(
         global_batch=cfg.global_batch,
         micro_batch=cfg.micro_batch,
@@ -205,7 +207,7 @@ def open_model(
     optim = cfg.optim
     groups = parameter_groups(model, cfg.model.depths, weight_decay=optim.weight_decay, layer_decay=optim.layer_decay)
     engine = build_engine(
-        model, groups, betas=tuple(optim.betas), eps=optim.eps, precision=cfg.precision, ds_config=ds_config
+        model, groups, optimizer=make, precision=cfg.precision, ds_config=ds_config, ema_decay=optim.ema_decay
     )
     # 4  the state of this run
     start = 0

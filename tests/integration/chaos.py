@@ -94,6 +94,7 @@ class Chaos:
     world: int
     dice: random.Random
     disk: Path | None  # a small file system
+    damaged: set[int] = field(default_factory=set)
 
     def attempt(self, directory: Path, blow: Callable[[list[int]], None] | None = None, at: int = 0) -> Run:
         """The command, once."""
@@ -101,7 +102,13 @@ class Chaos:
             directory,
             f"data.train={self.root}/photographs",
             *(f"steps={STEPS}", "epochs=null", "global_batch=20", f"micro_batch={20 // self.world}", "precision=fp32"),
-            *(f"checkpoint_every={EVERY}", "keep_checkpoints=3", "model.drop_path_rate=0.3", "stall_minutes=0.1"),
+            *(
+                f"checkpoint_every={EVERY}",
+                "keep_checkpoints=3",
+                "model.drop_path_rate=0.3",
+                "optim.ema_decay=0.99",
+                "stall_minutes=0.1",
+            ),
             ranks=self.world,
             launcher="deepspeed",
             at=None if blow is None else (at, blow),
@@ -110,6 +117,7 @@ class Chaos:
     def play(self, number: int, expected: Run) -> Round:
         """One round."""
         outcome, begin, dice = Round(), time.monotonic(), self.dice
+        self.damaged.clear()
         full = self.disk is not None and dice.random() < 0.2
         directory = (self.disk if full and self.disk else self.root) / f"round_{number}"
         intact = 0
@@ -147,9 +155,11 @@ class Chaos:
     def _damage(self, directory: Path, outcome: Round) -> int:
         """Perhaps damages the newest checkpoint; the step of the newest intact one, 0 without any."""
         checkpoints = sorted((directory / "checkpoints").glob("step_*"))
+        checkpoints = [path for path in checkpoints if path.stat().st_ino not in self.damaged]
         if checkpoints and self.dice.random() < 0.4:
             name = self.dice.choice(list(DAMAGES))
             outcome.blows.append(f"{name} in {checkpoints[-1].name}")
+            self.damaged.add(checkpoints[-1].stat().st_ino)  # a later one of the same name is another directory
             DAMAGES[name](checkpoints.pop(), self.dice)
         return int(checkpoints[-1].name.removeprefix("step_")) if checkpoints else 0
 

@@ -51,8 +51,10 @@ class Run:
 
     def weights(self) -> dict[str, Tensor]:
         newest = sorted((self.directory / "checkpoints").glob("step_*"))[-1]
-        files = [load_file(newest / name) for name in ("model.safetensors", "optimizer.safetensors")]
-        return {key: tensor.clone() for file in files for key, tensor in file.items()}  # files are mapped, not read
+        files = {path.stem: load_file(path) for path in newest.glob("*.safetensors")}
+        return {
+            f"{name}.{key}": t.clone() for name, file in files.items() for key, t in file.items()
+        }  # mapped, not read
 
 
 def free_port() -> int:

@@ -123,8 +123,14 @@ def test_a_run_cut_at_an_epochs_end_continues_bit_for_bit(
 
 def test_a_run_killed_inside_an_epoch_continues_as_if_it_had_not_been(launch: Launch, shards: Path) -> None:
     """At a random step, with several shards open at a time; then at other numbers of ranks."""
-    settings = [*simmim(shards), "precision=fp32", "model.drop_path_rate=0.3", "checkpoint_every=2"]
-    settings += ["global_batch=20", "micro_batch=10", "steps=14", "data.open_shards=1"]  # 9 steps an epoch
+    settings = [*simmim(shards), "precision=fp32", "model.drop_path_rate=0.3", "optim.ema_decay=0.99"]
+    settings += [
+        "checkpoint_every=2",
+        "global_batch=20",
+        "micro_batch=10",
+        "steps=14",
+        "data.open_shards=1",
+    ]  # 9 steps an epoch
     whole = launch("whole", *settings)
     kill_at = random.randint(3, 8)
     cut = launch("cut", *settings, at=(kill_at, kill_all))

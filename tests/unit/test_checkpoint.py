@@ -72,6 +72,8 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path: Path, monkeypatch:
     gathered: list[str] = []
 
     class Trained:
+        has_averages, updates = False, 0
+
         def parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
             yield "w", torch.ones(3)
 
