@@ -122,7 +122,7 @@ def test_a_run_cut_at_an_epochs_end_continues_bit_for_bit(
 
 
 def test_a_run_killed_inside_an_epoch_continues_as_if_it_had_not_been(launch: Launch, shards: Path) -> None:
-    """At a random step, with several shards open at a time; then at other numbers of ranks."""
+    """At a random step, of which an epoch has 9; then at other numbers of ranks."""
     settings = [*simmim(shards), "precision=fp32", "model.drop_path_rate=0.3", "optim.ema_decay=0.99"]
     settings += [
         "checkpoint_every=2",
@@ -136,7 +136,8 @@ def test_a_run_killed_inside_an_epoch_continues_as_if_it_had_not_been(launch: La
     cut = launch("cut", *settings, at=(kill_at, kill_all))
     assert cut.returncode == -signal.SIGKILL and len(cut.losses()) < 14, kill_at
     continued = launch("cut", *settings)
-    assert f"at step {kill_at // 2 * 2}" in continued.output or f"at step {kill_at // 2 * 2 + 2}" in continued.output
+    resumed = int(continued.output.partition("at step ")[2].partition("\n")[0])
+    assert kill_at - 2 <= resumed <= kill_at + 2, continued.output  # the record of a step comes before its checkpoint
     assert continued.losses() == whole.losses(), kill_at
     assert_equal(continued.weights(), whole.weights())
     # one rank, two ranks, one rank: the same samples, the same losses to rounding
