@@ -1,4 +1,4 @@
-"""Shards: reading and decoding one sample, checking all of them."""
+"""Shards: reading one sample, checking all of them."""
 
 import hashlib
 import io
@@ -11,24 +11,17 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import torch
-from PIL import Image
 from rich.console import Console
 from rich.progress import track
-from torchvision.io import ImageReadMode, decode_image
-from torchvision.transforms.v2 import functional as F
 
 from swinv2_scale.data.folder import IMAGE_EXTENSIONS, MASK_EXTENSION, VIDEO_EXTENSIONS
+from swinv2_scale.data.images import CorruptSampleError, EncodedImage, decode
 from swinv2_scale.data.manifest import Manifest, Shard, sha256_of, split_member
 from swinv2_scale.data.order import OPEN_SHARDS, mixing
 
 _OPEN_SHARDS = 128  # open files per process; hosts commonly allow 1,024
 
 T = TypeVar("T")
-
-
-class CorruptSampleError(ValueError):
-    """A sample that cannot be used: no image, an image that does not decode, or a class that does not exist."""
 
 
 _descriptors: OrderedDict[tuple[Path, str], int] = OrderedDict()
@@ -66,6 +59,8 @@ def read_sample(manifest: Manifest, index: int) -> tuple[str, dict[str, bytes]]:
                         f"two keys in one sample, {key!r} and {split[0]!r}: the index is not the shard's"
                     )
                 key = split[0]
+                if split[1] in members:
+                    raise CorruptSampleError(f"two members {split[1]} of one key: give each sample a key of its own")
                 members[split[1]] = tar.extractfile(member).read()  # type: ignore[union-attr]  # a regular file has bytes
     except (tarfile.TarError, EOFError) as error:
         raise CorruptSampleError(f"no tar members at byte {offset} ({error})") from error
@@ -74,8 +69,8 @@ def read_sample(manifest: Manifest, index: int) -> tuple[str, dict[str, bytes]]:
     return key, members
 
 
-def decode_sample(members: dict[str, bytes], classes: Sequence[str]) -> tuple[torch.Tensor, int]:
-    """The image, uint8 (3, Y, X), and the label of a sample's members; raises CorruptSampleError.
+def open_sample(members: dict[str, bytes], classes: Sequence[str]) -> tuple[EncodedImage, int]:
+    """The image and the label of a sample's members; raises CorruptSampleError.
 
     Without `classes` a label is optional, -1 stands for none; with them it must be one of 0 … len(classes) - 1.
     """
@@ -83,11 +78,11 @@ def decode_sample(members: dict[str, bytes], classes: Sequence[str]) -> tuple[to
     if extension is None:
         raise CorruptSampleError(f"no image among its members {sorted(members)}")
     label = decode_label(members, classes)
-    return decode(members[extension]), label
+    return EncodedImage(members[extension]), label
 
 
 def decode_label(members: dict[str, bytes], classes: Sequence[str]) -> int:
-    """The label of a sample's members, as in decode_sample."""
+    """The label of a sample's members, as in open_sample."""
     text = members.get("cls", b"" if classes else b"-1").decode("ascii", "replace").strip()
     try:
         label = int(text)
@@ -98,35 +93,6 @@ def decode_label(members: dict[str, bytes], classes: Sequence[str]) -> int:
     if classes and not 0 <= label < len(classes):
         raise CorruptSampleError(f"class {label} is not one of 0 to {len(classes) - 1}")
     return label
-
-
-def decode(content: bytes) -> torch.Tensor:
-    """An encoded image as uint8 (3, Y, X): grey is repeated, alpha and later frames are dropped.
-
-    Raises CorruptSampleError for bytes that are no image.
-
-    torchvision's decoder gives the values of PIL's, and sooner; PIL knows the formats that it does not. Both refuse a
-    truncated JPEG instead of filling it up with grey. torchvision 0.29 announces that its decoder will move to another
-    package: then PIL's lines alone are correct, only slower.
-    """
-    try:
-        image = decode_image(torch.frombuffer(bytearray(content), dtype=torch.uint8), mode=ImageReadMode.RGB)
-    except (RuntimeError, ValueError):
-        try:
-            with Image.open(io.BytesIO(content)) as picture:
-                return F.pil_to_tensor(_eight_bits(picture).convert("RGB"))
-        except Exception as error:  # PIL's readers raise whatever their parsing runs into
-            raise CorruptSampleError(f"image does not decode ({error})") from error
-    if image.dtype != torch.uint8:
-        image = F.to_dtype(image, torch.uint8, scale=True)  # 16-bit PNG
-    return image[0] if image.ndim == 4 else image  # first frame of a GIF
-
-
-def _eight_bits(picture: Image.Image) -> Image.Image:
-    """PIL would clip wider grey values to 255: 16 bits are scaled down, values without a known range are refused."""
-    if picture.mode in ("I", "F"):
-        raise ValueError(f"grey values of mode {picture.mode} have no known range; store 8 or 16 bits")
-    return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8)) if picture.mode.startswith("I;16") else picture
 
 
 def _descriptor(path: Path, identity: str) -> int:
@@ -141,8 +107,12 @@ def _descriptor(path: Path, identity: str) -> int:
 
 
 def verify(manifest: Manifest) -> list[str]:
-    """Hashes every shard and decodes every sample; returns one line for each thing that is wrong."""
+    """Hashes every shard and decodes every sample; returns one line for each thing that is wrong.
+
+    Two samples of one key are wrong too: nobody could tell them apart, and they would be augmented alike.
+    """
     problems = []
+    first: dict[bytes, int] = {}  # of each key, by a short hash of it
     for shard in progress_bar(manifest.shards, "hashing"):
         if shard.sha256 and _sha256_of(manifest, shard) != shard.sha256:
             problems.append(f"{shard.name}: contents differ from the manifest's sha256; copy or pack the shard again")
@@ -150,10 +120,20 @@ def verify(manifest: Manifest) -> list[str]:
         key = f"sample {number}"
         try:
             key, members = read_sample(manifest, number)
+            digest = hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=10).digest()
+            same = first.setdefault(digest, number)
+            if same != number:
+                raise CorruptSampleError(f"its key is also that of sample {same} in {manifest.shard_of(same).name}")
             _check_sample(members, manifest)
         except (CorruptSampleError, OSError) as error:
             problems.append(f"{manifest.shard_of(number).name}:{key}: {error}")
     return problems
+
+
+def pixel_size(image: EncodedImage) -> tuple[int, int]:
+    """(Y, X) of an image that decodes to its end."""
+    _, height, width = image.pixels().shape
+    return height, width
 
 
 def _check_sample(members: dict[str, bytes], manifest: Manifest) -> tuple[tuple[int, int] | None, int]:
@@ -167,10 +147,10 @@ def _check_sample(members: dict[str, bytes], manifest: Manifest) -> tuple[tuple[
             raise CorruptSampleError(f"no video among its members {sorted(members)}, or an empty one")
         return None, decode_label(members, manifest.classes)
     if layout not in ("coco", "ade20k"):
-        image, label = decode_sample(members, manifest.classes)
-        return (image.shape[1], image.shape[2]), label
-    image, _ = decode_sample(members, ())
-    size = (image.shape[1], image.shape[2])
+        image, label = open_sample(members, manifest.classes)
+        return pixel_size(image), label
+    image, _ = open_sample(members, ())
+    size = pixel_size(image)
     try:
         if layout == "coco":
             facts = json.loads(members["json"])

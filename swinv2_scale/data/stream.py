@@ -18,10 +18,11 @@ import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from swinv2_scale import distributed
+from swinv2_scale.data.images import CorruptSampleError
 from swinv2_scale.data.manifest import Manifest
 from swinv2_scale.data.mixture import Mixture
 from swinv2_scale.data.order import Order
-from swinv2_scale.data.shards import CorruptSampleError, decode_sample, read_sample
+from swinv2_scale.data.shards import open_sample, read_sample
 from swinv2_scale.data.sources import ReadError
 from swinv2_scale.data.transforms import Sample
 
@@ -179,29 +180,15 @@ class _Samples(Dataset[Sample]):
     def __getitem__(self, place: tuple[int, int]) -> Sample:
         epoch, index = place
         manifest, index = self.data.find(index)
-        key, image, label, corrupt = self._load_usable(manifest, index)
-        number = draw(self.seed, epoch, key)
-        reader = manifest.reader
-        reads = [counted] if reader is not None and (counted := reader.take_counters()) else []
-        sample = {"image": image, "label": label, "key": key, "draw": number, "corrupt": corrupt, "reads": reads}
-        # Transforms draw from torch's default generator. Without workers that is the training's own: it is put back.
-        before = torch.get_rng_state()
-        torch.default_generator.manual_seed(number)
-        try:
-            return self.transform(sample)
-        finally:
-            torch.set_rng_state(before)
-
-    def _load_usable(self, manifest: Manifest, index: int) -> tuple[str, torch.Tensor, int, list[str]]:
-        """Key, image and label of sample `index` or its substitute, and the name of what was replaced, if it was."""
         corrupt: list[str] = []
         for attempt in range(min(_SUBSTITUTES, len(manifest))):
             number = (index + attempt) % len(manifest)
             key = f"sample {number}"
             try:
                 key, members = read_sample(manifest, number)
-                image, label = decode_sample(members, manifest.classes)
-                return key, image, label, corrupt
+                image, label = open_sample(members, manifest.classes)
+                sample = {"image": image, "label": label, "key": key, "corrupt": corrupt}
+                sample = self._transformed({**sample, "draw": draw(self.seed, epoch, key)})
             except CorruptSampleError as error:
                 # Only the sample that was asked for is listed: each corrupt one is counted once an epoch.
                 corrupt = corrupt or [f"{manifest.shard_of(number).name}:{key}: {error}"]
@@ -214,10 +201,22 @@ class _Samples(Dataset[Sample]):
                     f"{manifest.locate(number)[0]}: {error}; check that the file exists and its disk is "
                     "reachable, then resume"
                 ) from error
+            else:
+                counted = manifest.reader.take_counters() if manifest.reader is not None else {}
+                return {**sample, "reads": [counted] if counted else []}
         raise ValueError(
             f"no usable sample among {min(_SUBSTITUTES, len(manifest))} that follow {corrupt[0]}; "
             f"check the data with `swinv2-scale data verify {manifest.root}`"
         )
+
+    def _transformed(self, sample: Sample) -> Sample:
+        """Transforms draw from torch's default generator, which without workers is the training's: it is put back."""
+        before = torch.get_rng_state()
+        torch.default_generator.manual_seed(sample["draw"])
+        try:
+            return self.transform(sample)
+        finally:
+            torch.set_rng_state(before)
 
 
 def _stream(

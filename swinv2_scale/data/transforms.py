@@ -1,6 +1,6 @@
 """One sample -> one training example, and samples -> a batch.
 
-A sample is a dictionary: "image" uint8 (3, Y, X), "label" int, "key" str, "draw" int, "corrupt" list of str. A
+A sample is a dictionary: "image" an EncodedImage, "label" int, "key" str, "draw" int, "corrupt" list of str. A
 transform returns it with "image" as float32 (3, S, S), normalised. All of its randomness comes out of torch's default
 generator, which the stream seeds with the sample's `draw` first; torchvision.transforms.v2 uses no other (looked up in
 torchvision 0.29).
@@ -14,11 +14,30 @@ import numpy as np
 import torch
 from torchvision.transforms import v2
 
+from swinv2_scale.data.images import EncodedImage
+
 Sample = dict[str, Any]
 
 PATCH = 4  # pixels; the patch embedding of every Swin Transformer V2, and so the unit in which masks are given
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class RandomResizedCrop(v2.RandomResizedCrop):
+    """torchvision's, of an EncodedImage: the same rectangle is drawn, and decoded at the scale that it needs."""
+
+    def forward(self, image: EncodedImage) -> torch.Tensor:
+        """uint8 (3, S, S)."""
+        box = self.make_params([image.header])
+        return image.resized_crop(**box, size=list(self.size), interpolation=self.interpolation)
+
+
+class Decode(torch.nn.Module):
+    """An EncodedImage as uint8 (3, Y, X), whole: evaluation is not to depend on how an image is decoded."""
+
+    def forward(self, image: EncodedImage) -> torch.Tensor:
+        """uint8 (3, Y, X)."""
+        return image.pixels()
 
 
 class SimMIMTransform:
@@ -42,7 +61,7 @@ class SimMIMTransform:
         self.image_size, self.mask_unit, self.mask_ratio = image_size, mask_unit, mask_ratio
         self.image = v2.Compose(
             [
-                v2.RandomResizedCrop(image_size, tuple(crop_scale), tuple(crop_ratio), antialias=True),
+                RandomResizedCrop(image_size, tuple(crop_scale), tuple(crop_ratio)),
                 v2.RandomHorizontalFlip(flip),
                 *_normalise(),
             ]
@@ -59,7 +78,8 @@ class SimMIMEvaluationTransform:
     def __init__(self, *, image_size: int, mask_unit: int, mask_ratio: float) -> None:
         _check_mask(image_size, mask_unit, mask_ratio)
         self.image_size, self.mask_unit, self.mask_ratio = image_size, mask_unit, mask_ratio
-        self.image = v2.Compose([v2.Resize(image_size, antialias=True), v2.CenterCrop(image_size), *_normalise()])
+        resize = v2.Resize(image_size, antialias=True)
+        self.image = v2.Compose([Decode(), resize, v2.CenterCrop(image_size), *_normalise()])
 
     def __call__(self, sample: Sample) -> Sample:
         mask = random_mask(self.image_size, self.mask_unit, self.mask_ratio)
@@ -100,9 +120,7 @@ class ClassificationTransform:
         )
         self.image = v2.Compose(
             [
-                v2.RandomResizedCrop(
-                    image_size, tuple(crop_scale), tuple(crop_ratio), interpolation_mode(interpolation), antialias=True
-                ),
+                RandomResizedCrop(image_size, tuple(crop_scale), tuple(crop_ratio), interpolation_mode(interpolation)),
                 v2.RandomHorizontalFlip(flip),
                 augment,
                 *_normalise(),
@@ -128,6 +146,7 @@ class EvaluationTransform:
         self.resize = [int(256 / 224 * image_size)] if self.crop else [image_size, image_size]
         self.image = v2.Compose(
             [
+                Decode(),
                 v2.Resize(self.resize, interpolation_mode(interpolation), antialias=True),
                 v2.CenterCrop(image_size),
                 *_normalise(),

@@ -9,7 +9,6 @@ held. A full disk is a small tmpfs, and is dealt only where this process may mou
 """
 
 import argparse
-import json
 import os
 import random
 import shutil
@@ -174,8 +173,7 @@ def _fill(disk: Path) -> None:
 
 
 def _started_at(found: Run, intact: int) -> list[str]:
-    starts = [json.loads(line) for line in (found.directory / "metrics.jsonl").read_text().splitlines()]
-    step = [line["step"] for line in starts if line["event"] == "start"][-1]
+    step = [line["step"] for line in found.record() if line["event"] == "start"][-1]
     return [] if step == intact else [f"an attempt began at step {step}, the newest intact checkpoint is of {intact}"]
 
 

@@ -41,10 +41,14 @@ class Run:
     returncode: int
     output: str
 
+    def record(self) -> list[dict]:
+        """The record's lines, without a last one that a crash cut off."""
+        complete, _, _ = (self.directory / "metrics.jsonl").read_text().rpartition("\n")
+        return [json.loads(line) for line in complete.splitlines()]
+
     def events(self, event: str) -> dict[int, dict]:
         """The record's lines of one kind, by step; of repeated steps the last."""
-        lines = map(json.loads, (self.directory / "metrics.jsonl").read_text().splitlines())
-        return {line["step"]: line for line in lines if line["event"] == event}
+        return {line["step"]: line for line in self.record() if line["event"] == event}
 
     def losses(self) -> list[float]:
         return [line["loss"] for _, line in sorted(self.events("train").items())]

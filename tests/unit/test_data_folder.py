@@ -10,7 +10,7 @@ from PIL import Image
 
 from swinv2_scale.data.manifest import open_manifest
 from swinv2_scale.data.pack import pack
-from swinv2_scale.data.shards import decode_sample, read_sample, stats, verify
+from swinv2_scale.data.shards import open_sample, read_sample, stats, verify
 from swinv2_scale.data.stream import evaluation_stream
 from swinv2_scale.data.transforms import EvaluationTransform, collate
 
@@ -65,8 +65,8 @@ def test_directories_that_are_numbers_are_labels(tmp_path, packed):
     found = {}
     for index in range(4):
         key, members = read_sample(data, index)
-        image, label = decode_sample(members, data.classes)
-        assert torch.all(image == ["0/a", "2/b", "10/c", "999/d"].index(key))
+        image, label = open_sample(members, data.classes)
+        assert torch.all(image.pixels() == ["0/a", "2/b", "10/c", "999/d"].index(key))
         found[key] = label
     assert found == {"0/a": 0, "2/b": 2, "10/c": 10, "999/d": 999}
     assert data.classes == ()

@@ -10,9 +10,10 @@ from PIL import Image
 
 from swinv2_scale.data import demo
 from swinv2_scale.data.folder import image_folder, one_file
+from swinv2_scale.data.images import CorruptSampleError, decode
 from swinv2_scale.data.manifest import open_manifest, split_member
 from swinv2_scale.data.pack import pack, parse_shard_size, write_shards
-from swinv2_scale.data.shards import CorruptSampleError, decode, decode_sample, read_sample, stats, verify
+from swinv2_scale.data.shards import open_sample, read_sample, stats, verify
 
 
 def encode(pixels: np.ndarray, file_format: str) -> bytes:
@@ -164,7 +165,7 @@ def test_demo_data_decode_and_share_no_key(name, tmp_path):
         manifest = pack(f"{name}/{split}", tmp_path / split, format="demo", shard_size="256MB", seed=0)
         samples = [read_sample(manifest, index) for index in range(len(manifest))]
         keys[split] = {key for key, _ in samples}
-        labels = {decode_sample(members, manifest.classes)[1] for _, members in samples}
+        labels = {open_sample(members, manifest.classes)[1] for _, members in samples}
         assert len(keys[split]) == len(manifest)
         assert labels == set(range(len(manifest.classes)))
     assert not keys["train"] & keys["validation"]
@@ -238,14 +239,14 @@ def test_unusable_samples_are_named():
         with pytest.raises(CorruptSampleError, match="does not decode"):
             decode(content)
     with pytest.raises(CorruptSampleError, match=r"no image among its members \['cls'\]"):
-        decode_sample({"cls": b"0"}, ["c"])
+        open_sample({"cls": b"0"}, ["c"])
     with pytest.raises(CorruptSampleError, match="no class among its members"):
-        decode_sample({"jpg": good}, ["c"])
+        open_sample({"jpg": good}, ["c"])
     with pytest.raises(CorruptSampleError, match="class 1 is not one of 0 to 0"):
-        decode_sample({"jpg": good, "cls": b"1"}, ["c"])
+        open_sample({"jpg": good, "cls": b"1"}, ["c"])
     with pytest.raises(CorruptSampleError, match="'x' is no integer"):
-        decode_sample({"jpg": good, "cls": b"x"}, [])
-    assert decode_sample({"jpg": good}, [])[1] == -1
+        open_sample({"jpg": good, "cls": b"x"}, [])
+    assert open_sample({"jpg": good}, [])[1] == -1
 
 
 def test_verify_finds_changed_bytes_and_undecodable_images(tmp_path):

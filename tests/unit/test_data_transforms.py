@@ -8,8 +8,10 @@ import pytest
 import skimage.data
 import torch
 from PIL import Image
+from torchvision.io import encode_png
 from torchvision.transforms import functional as v1
 
+from swinv2_scale.data.images import EncodedImage
 from swinv2_scale.data.transforms import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -41,9 +43,20 @@ MIX = {
 }
 
 
+def encoded(pixels: torch.Tensor) -> EncodedImage:
+    """A PNG of uint8 (3, Y, X)."""
+    return EncodedImage(bytes(encode_png(pixels.contiguous())))
+
+
 def sample(number: int = 0) -> dict[str, Any]:
     pixels = np.random.default_rng(number).integers(0, 256, (3, 70, 90), dtype=np.uint8)
-    return {"image": torch.from_numpy(pixels), "label": number % 5, "key": f"k{number}", "draw": number, "corrupt": []}
+    return {
+        "image": encoded(torch.from_numpy(pixels)),
+        "label": number % 5,
+        "key": f"k{number}",
+        "draw": number,
+        "corrupt": [],
+    }
 
 
 def simmim(**changes: Any) -> SimMIMTransform:
@@ -106,7 +119,7 @@ def test_classification_off_switches_leave_a_plain_crop():
     }
     whole = ClassificationTransform(**{**CLASSIFICATION, **off})(sample())["image"]
     expected = torch.nn.functional.interpolate(
-        sample()["image"][None].float(), size=(64, 64), mode="bicubic", antialias=True, align_corners=False
+        sample()["image"].pixels()[None].float(), size=(64, 64), mode="bicubic", antialias=True, align_corners=False
     )[0].clamp(0, 255)
     pixels = (whole * torch.tensor(IMAGENET_STD)[:, None, None] + torch.tensor(IMAGENET_MEAN)[:, None, None]) * 255
     assert (pixels - expected).abs().mean() < 1  # the transform rounds to uint8 after each axis
@@ -115,7 +128,7 @@ def test_classification_off_switches_leave_a_plain_crop():
 def test_erasing_fills_with_noise_per_pixel():
     torch.manual_seed(0)
     plain = {"randaugment_ops": 0, "flip": 0.0, "erase_probability": 1.0}
-    flat = {**sample(), "image": torch.full((3, 70, 90), 128, dtype=torch.uint8)}
+    flat = {**sample(), "image": encoded(torch.full((3, 70, 90), 128, dtype=torch.uint8))}
     image = ClassificationTransform(**{**CLASSIFICATION, **plain})(flat)["image"]
     background = image[0].flatten().mode().values
     noise = image[0][image[0] != background]
@@ -137,7 +150,9 @@ def test_magnitude_nine_is_nine_tenths_of_the_range():
 def test_evaluation_crops_the_centre_of_the_resized_image():
     striped = torch.zeros(3, 70, 140, dtype=torch.uint8)
     striped[:, :, 35:105] = 255  # the middle square
-    made = EvaluationTransform(image_size=70, crop=True, interpolation="bicubic")({**sample(), "image": striped})
+    made = EvaluationTransform(image_size=70, crop=True, interpolation="bicubic")(
+        {**sample(), "image": encoded(striped)}
+    )
     white = (1 - torch.tensor(IMAGENET_MEAN)) / torch.tensor(IMAGENET_STD)
     assert torch.allclose(made["image"], white[:, None, None].expand(3, 70, 70))
     with pytest.raises(ValueError, match="interpolation 'cubic' is not one of bilinear, bicubic"):
@@ -162,7 +177,7 @@ def test_evaluation_is_the_released_one_in_pil_to_a_level_of_255(size, crop, res
         pixels = getattr(skimage.data, name)()
         picture = v1.resize(Image.fromarray(pixels), resize, v1.InterpolationMode.BICUBIC)
         expected = v1.pil_to_tensor(v1.center_crop(picture, [size, size])).float()
-        made = transform({**sample(), "image": torch.from_numpy(pixels).permute(2, 0, 1)})["image"]
+        made = transform({**sample(), "image": encoded(torch.from_numpy(pixels).permute(2, 0, 1))})["image"]
         mean, std = torch.tensor(IMAGENET_MEAN)[:, None, None], torch.tensor(IMAGENET_STD)[:, None, None]
         difference = ((made * std + mean) * 255 - expected).abs()
         assert difference.max() < 2.01

@@ -13,9 +13,10 @@ from PIL import Image
 import swinv2_scale
 from swinv2_scale import config
 from swinv2_scale.cli import main
+from swinv2_scale.data.images import EncodedImage
 from swinv2_scale.data.manifest import open_manifest
 from swinv2_scale.data.pack import pack
-from swinv2_scale.data.shards import decode, read_sample
+from swinv2_scale.data.shards import read_sample
 from swinv2_scale.data.transforms import EvaluationTransform
 from swinv2_scale.embed import Embed, embed, open_pictures
 from swinv2_scale.export import Loaded, export, model_of
@@ -59,7 +60,7 @@ def expected(checkpoint: Path, data: Path, size: int = 32) -> tuple[list[str], t
     keys, vectors = [], []
     for index in range(len(manifest)):
         key, members = read_sample(manifest, index)
-        image = transform({"image": decode(members["png"])})["image"]
+        image = transform({"image": EncodedImage(members["png"])})["image"]
         keys.append(key)
         with torch.no_grad():
             vectors.append(model(image[None])[0])

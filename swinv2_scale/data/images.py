@@ -1,0 +1,98 @@
+"""Encoded images, decoded as far as they are needed.
+
+A JPEG can be decoded at 1/2, 1/4 or 1/8 of its size for a fraction of the time: its blocks of 8 x 8 pixels are stored
+as frequencies, of which the decoder then uses the low ones. That is done where a crop is still at least MARGIN times as
+large as what it is resized to; all else is decoded whole. docs/benchmarks/data_throughput.md has times and differences.
+"""
+
+import io
+from functools import cached_property
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision.io import ImageReadMode, decode_image
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+
+MARGIN = 1.5  # at less, differences from decoding whole can be seen
+_RESAMPLING = {
+    InterpolationMode.BILINEAR: Image.Resampling.BILINEAR,
+    InterpolationMode.BICUBIC: Image.Resampling.BICUBIC,
+}
+
+
+class CorruptSampleError(ValueError):
+    """A sample that cannot be used: no image, an image that does not decode, or a class that does not exist."""
+
+
+class EncodedImage:
+    """An image file's bytes. Its pixels are those of `decode`, however it comes to them."""
+
+    def __init__(self, content: bytes) -> None:
+        self.content = content
+
+    @cached_property
+    def header(self) -> Image.Image:
+        """PIL's image, of which size, mode and format are known and nothing is decoded.
+
+        Raises CorruptSampleError for bytes that are no image.
+        """
+        try:
+            return Image.open(io.BytesIO(self.content))
+        except Exception as error:  # PIL's readers raise whatever their parsing runs into
+            raise CorruptSampleError(f"image does not decode ({error})") from error
+
+    def pixels(self) -> torch.Tensor:
+        """uint8 (3, Y, X). Raises CorruptSampleError."""
+        return decode(self.content)
+
+    def resized_crop(
+        self, top: int, left: int, height: int, width: int, size: list[int], interpolation: InterpolationMode
+    ) -> torch.Tensor:
+        """A rectangle, in pixels of the image, resized to `size` (Y, X) with antialiasing: uint8 (3, *size).
+
+        Raises CorruptSampleError.
+        """
+        room = min(height / size[0], width / size[1]) / MARGIN
+        scale = next((scale for scale in (8, 4, 2) if scale <= room), 1)
+        if scale == 1 or self.header.format != "JPEG":
+            return F.resized_crop(self.pixels(), top, left, height, width, size, interpolation, antialias=True)
+        columns, rows = self.header.size
+        try:
+            with Image.open(io.BytesIO(self.content)) as picture:
+                picture.draft("RGB", (columns // scale, rows // scale))
+                box = tuple(edge / scale for edge in (left, top, left + width, top + height))
+                small = picture.convert("RGB").resize(size[::-1], _RESAMPLING[interpolation], box=box)
+        except Exception as error:
+            raise CorruptSampleError(f"image does not decode ({error})") from error
+        return F.pil_to_tensor(small)
+
+
+def decode(content: bytes) -> torch.Tensor:
+    """An encoded image as uint8 (3, Y, X): grey is repeated, alpha and later frames are dropped.
+
+    Raises CorruptSampleError for bytes that are no image.
+
+    torchvision's decoder gives the values of PIL's, and sooner; PIL knows the formats that it does not. Both refuse a
+    truncated JPEG instead of filling it up with grey. torchvision 0.29 announces that its decoder will move to another
+    package: then PIL's lines alone are correct, only slower.
+    """
+    try:
+        image = decode_image(torch.frombuffer(bytearray(content), dtype=torch.uint8), mode=ImageReadMode.RGB)
+    except (RuntimeError, ValueError):
+        try:
+            with Image.open(io.BytesIO(content)) as picture:
+                return F.pil_to_tensor(_eight_bits(picture).convert("RGB"))
+        except Exception as error:  # PIL's readers raise whatever their parsing runs into
+            raise CorruptSampleError(f"image does not decode ({error})") from error
+    if image.dtype != torch.uint8:
+        image = F.to_dtype(image, torch.uint8, scale=True)  # 16-bit PNG
+    return image[0] if image.ndim == 4 else image  # first frame of a GIF
+
+
+def _eight_bits(picture: Image.Image) -> Image.Image:
+    """PIL would clip wider grey values to 255: 16 bits are scaled down, values without a known range are refused."""
+    if picture.mode in ("I", "F"):
+        raise ValueError(f"grey values of mode {picture.mode} have no known range; store 8 or 16 bits")
+    return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8)) if picture.mode.startswith("I;16") else picture
