@@ -60,13 +60,13 @@ class EncodedImage:
             return F.resized_crop(self.pixels(), top, left, height, width, size, interpolation, antialias=True)
         columns, rows = self.header.size
         try:
-            with Image.open(io.BytesIO(self.content)) as picture:
+            with Image.open(io.BytesIO(self.content)) as picture:  # anew: decoding changes the size that it tells
                 picture.draft("RGB", (columns // scale, rows // scale))
-                box = tuple(edge / scale for edge in (left, top, left + width, top + height))
-                small = picture.convert("RGB").resize(size[::-1], _RESAMPLING[interpolation], box=box)
+                small = picture.convert("RGB")
         except Exception as error:
             raise CorruptSampleError(f"image does not decode ({error})") from error
-        return F.pil_to_tensor(small)
+        box = (left / scale, top / scale, (left + width) / scale, (top + height) / scale)
+        return F.pil_to_tensor(small.resize((size[1], size[0]), _RESAMPLING[interpolation], box=box))
 
 
 def decode(content: bytes) -> torch.Tensor:

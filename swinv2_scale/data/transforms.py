@@ -29,7 +29,7 @@ class RandomResizedCrop(v2.RandomResizedCrop):
     def forward(self, image: EncodedImage) -> torch.Tensor:
         """uint8 (3, S, S)."""
         box = self.make_params([image.header])
-        return image.resized_crop(**box, size=list(self.size), interpolation=self.interpolation)
+        return image.resized_crop(**box, size=list(self.size), interpolation=v2.InterpolationMode(self.interpolation))
 
 
 class Decode(torch.nn.Module):

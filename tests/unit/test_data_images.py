@@ -106,10 +106,10 @@ def test_grey_and_four_colours_become_rgb(mode, asked):
 
 def test_what_is_damaged_is_corrupt_at_any_scale(large):
     box = (0, 0, 2999, 2999)
-    for content in (large[: len(large) // 2], b"no image", b""):
-        with pytest.raises(CorruptSampleError, match="image does not decode"):
-            image = EncodedImage(content)
-            RandomResizedCrop(192)(image)
+    assert RandomResizedCrop(192)(EncodedImage(large)).shape == (3, 192, 192)
+    for content, cause in ((large[: len(large) // 2], "truncated"), (b"no image", "identify"), (b"", "identify")):
+        with pytest.raises(CorruptSampleError, match=rf"image does not decode \(.*{cause}"):
+            RandomResizedCrop(192)(EncodedImage(content))
         with pytest.raises(CorruptSampleError, match="image does not decode"):
             EncodedImage(content).resized_crop(*box, size=[192, 192], interpolation=LINEAR)
         with pytest.raises(CorruptSampleError, match="image does not decode"):
