@@ -59,6 +59,8 @@ def pack(
         source = str(Path(source).expanduser().resolve())
     destination = Path(destination).expanduser().absolute()
     classes, items, facts = read_source(source, format)
+    if not items:
+        raise ValueError(f"{source} lists no sample: there is nothing to pack; give a source that has some")
     origin = {"source": source, "format": format, "seed": seed, "shard_size": str(shard_size), **facts}
     origin["files"] = _fingerprint(classes, items)
     labels = [item.label for item in items if item.label is not None]
