@@ -17,7 +17,6 @@ from functools import lru_cache
 import numpy as np
 
 OPEN_SHARDS = 64  # of 256 MB they are 16 GB, and neighbours are of one shard in one case of 64
-_MIXING = 2**32  # a number that no epoch has, for the permutations within the batches of several sources
 
 
 def shuffled(samples: int, *seeds: int) -> np.ndarray:
@@ -69,7 +68,7 @@ class Order:
         self.steps_per_epoch = sum(sizes) // global_batch
         self._weights = [Fraction(str(weight)) for weight in weights]
         self._first = np.cumsum([0, *sizes])
-        self._sources = [_Source(samples, seed, open_shards) for samples in shard_samples]
+        self._sources = [_Source(samples, (seed, n), open_shards) for n, samples in enumerate(shard_samples)]
 
     def epoch(self, step: int) -> int:
         """The epoch that `step` belongs to: of several sources, as many steps as would show each sample once."""
@@ -85,7 +84,7 @@ class Order:
         parts = [source.endless(begin, end) for source, begin, end in zip(self._sources, begins, ends, strict=True)]
         epochs = np.concatenate([part[0] for part in parts])
         indices = np.concatenate([part[1] + first for part, first in zip(parts, self._first[:-1], strict=True)])
-        mixed = shuffled(self.global_batch, self.seed, _MIXING, step)
+        mixed = shuffled(self.global_batch, self.seed, len(self._sources), step)
         return epochs[mixed], indices[mixed]
 
     def micro_batches(
@@ -114,13 +113,13 @@ class Order:
 
 
 class _Source:
-    """The epochs of one source."""
+    """The epochs of one source, by seeds of its own."""
 
-    def __init__(self, shard_samples: Sequence[int], seed: int, open_shards: int) -> None:
+    def __init__(self, shard_samples: Sequence[int], seeds: tuple[int, int], open_shards: int) -> None:
         self.samples = np.asarray(shard_samples, dtype=np.int64)
         self.first = np.cumsum(self.samples) - self.samples
         self.size = int(self.samples.sum())
-        self.seed = seed
+        self.seeds = seeds
         # Blocks of nearly equal numbers of shards: a last one of few shards would hardly be mixed.
         count = -(-len(self.samples) // open_shards)
         self.cuts = np.linspace(0, len(self.samples), count + 1).round().astype(np.int64)
@@ -150,13 +149,13 @@ class _Source:
 
     def _shards(self, epoch: int) -> np.ndarray:
         """The order of the shards in an epoch."""
-        return shuffled(len(self.samples), self.seed, epoch)
+        return shuffled(len(self.samples), *self.seeds, epoch)
 
     def _block(self, epoch: int, block: int) -> np.ndarray:
         """The indices of a block's samples in their order."""
         shards = self._shards(epoch)[self.cuts[block] : self.cuts[block + 1]]
         indices = np.concatenate([np.arange(self.first[n], self.first[n] + self.samples[n]) for n in shards])
-        return indices[shuffled(len(indices), self.seed, epoch, block)]
+        return indices[shuffled(len(indices), *self.seeds, epoch, block + 1)]  # trailing zeros would be no other seeds
 
 
 def mixing(
@@ -167,7 +166,7 @@ def mixing(
     Where shards hold one class each, as when they were packed class by class, that is how often neighbours are of one
     class. Looks at the first samples of one epoch.
     """
-    source = _Source(shard_samples, seed, open_shards)
+    source = _Source(shard_samples, (seed, 0), open_shards)
     pairs = max(source.size - 1, 1)
     order = source.take(0, 0, min(looked_at, source.size))
     shards = np.searchsorted(source.first + source.samples, order, side="right")

@@ -95,6 +95,15 @@ def test_the_remainder_is_another_one_in_each_epoch():
     assert order.steps_per_epoch == 3 and len(dropped) == 4 and {len(rest) for rest in dropped} == {2}
 
 
+def test_sources_of_one_size_go_their_own_ways():
+    order = Order([[30], [30]], seed=0, global_batch=60, open_shards=2)
+    found = indices(order, 0)
+    first, second = ([index for index in found if low <= index < low + 30] for low in (0, 30))
+    assert len(first) == len(second) == 30
+    halves = [Order([[30], [30]], seed=0, global_batch=2, open_shards=2).global_batch_of(step)[1] for step in range(30)]
+    assert sum(abs(int(one) - int(other)) == 30 for one, other in halves) < 8
+
+
 def test_seeds_epochs_and_open_shards_give_different_orders():
     cases = [(0, 0, 2), (0, 1, 2), (1, 0, 2), (0, 0, 1)]
     found = [indices(Order([[25] * 4], seed=s, global_batch=100, open_shards=k), e) for s, e, k in cases]
@@ -104,8 +113,8 @@ def test_seeds_epochs_and_open_shards_give_different_orders():
 def test_the_order_is_pinned():
     """A change here would change the order of samples in the middle of everybody's runs."""
     assert shuffled(10, 3, 1).tolist() == [5, 8, 9, 6, 3, 7, 0, 1, 2, 4]
-    assert indices(Order([[3, 2, 4, 1]], seed=3, global_batch=10, open_shards=2), 1) == [2, 9, 0, 1, 4, 3, 7, 8, 6, 5]
-    assert indices(Order([[3, 2], [4, 1]], seed=3, global_batch=5, open_shards=2, weights=[2, 1]), 1) == [3, 9, 7, 3, 4]
+    assert indices(Order([[3, 2, 4, 1]], seed=3, global_batch=10, open_shards=2), 1) == [5, 8, 7, 6, 9, 3, 0, 2, 4, 1]
+    assert indices(Order([[3, 2], [4, 1]], seed=3, global_batch=5, open_shards=2, weights=[2, 1]), 1) == [9, 7, 3, 1, 4]
 
 
 def test_no_more_shards_are_open_than_was_said():
