@@ -93,7 +93,7 @@ class Chaos:
     world: int
     dice: random.Random
     disk: Path | None  # a small file system
-    damaged: set[int] = field(default_factory=set)
+    damaged: dict[str, int] = field(default_factory=dict)
 
     def attempt(self, directory: Path, blow: Callable[[list[int]], None] | None = None, at: int = 0) -> Run:
         """The command, once."""
@@ -154,11 +154,11 @@ class Chaos:
     def _damage(self, directory: Path, outcome: Round) -> int:
         """Perhaps damages the newest checkpoint; the step of the newest intact one, 0 without any."""
         checkpoints = sorted((directory / "checkpoints").glob("step_*"))
-        checkpoints = [path for path in checkpoints if path.stat().st_ino not in self.damaged]
+        checkpoints = [path for path in checkpoints if self.damaged.get(path.name) != path.stat().st_ino]
         if checkpoints and self.dice.random() < 0.4:
             name = self.dice.choice(list(DAMAGES))
             outcome.blows.append(f"{name} in {checkpoints[-1].name}")
-            self.damaged.add(checkpoints[-1].stat().st_ino)  # a later one of the same name is another directory
+            self.damaged[checkpoints[-1].name] = checkpoints[-1].stat().st_ino  # one written later is another directory
             DAMAGES[name](checkpoints.pop(), self.dice)
         return int(checkpoints[-1].name.removeprefix("step_")) if checkpoints else 0
 
