@@ -22,8 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from real_runs import Run, kill_all, run
 
-from runs import Run, kill_all, run
 from swinv2_scale.data.pack import pack
 from swinv2_scale.signals import EXIT_CODE
 

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from real_runs import Run, run
 
-from runs import Run, run
 from swinv2_scale.data.pack import pack
 
 
@@ -21,7 +21,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def launch(tmp_path: Path, shards: Path) -> Callable[..., Run]:
-    """launch(name, *overrides, …) is runs.run in tmp_path/name."""
+    """launch(name, *overrides, …) is real_runs.run in tmp_path/name."""
 
     def start(name: str, *overrides: str, **options: Any) -> Run:
         return run(tmp_path / name, *overrides, **options)

@@ -7,8 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
-from runs import ROOT, Run
+from real_runs import ROOT, Run
 
 
 def test_the_demos_pretraining_learns(launch: Callable[..., Run], shards: Path, tmp_path: Path) -> None:

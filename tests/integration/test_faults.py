@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from real_runs import Run
 
-from runs import Run
 from swinv2_scale.signals import EXIT_CODE
 
 Launch = Callable[..., Run]

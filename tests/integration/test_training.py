@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from real_runs import Run, kill_all
 from torch import Tensor
 
-from runs import Run, kill_all
 from swinv2_scale.data.manifest import open_manifest
 from swinv2_scale.data.shards import read_sample
 from swinv2_scale.ops import native
