@@ -20,6 +20,7 @@ import requests
 import torch
 from fault_proxy import FaultProxy, storm
 from PIL import Image
+from real_runs import run
 
 from swinv2_scale.data import sources
 from swinv2_scale.data.folder import one_file
@@ -461,3 +462,24 @@ def test_s3_objects_that_are_missing_or_of_another_size_are_refused(s3, packed, 
         make_reader().read("s3://bucket/shards/none.tar", 0, 5, size=5)
     with pytest.raises(ReadError, match=f"has {size} bytes, not {size + 1}"):
         make_reader().read(f"s3://bucket/shards/{packed.shards[0].name}", 0, 5, size=size + 1)
+
+
+# Training
+
+
+@nginx_only
+def test_a_training_through_a_storm_of_faults_has_the_losses_of_local_files(nginx, packed, tmp_path):
+    """Two ranks, each with a loading process, and a cache that they share."""
+    settings = ["steps=9", "epochs=null", "global_batch=20", "micro_batch=10", "precision=fp32", "log_every=1"]
+    local = run(tmp_path / "local", f"data.train={packed.root}", *settings, ranks=2)
+    faults = storm(11, 0.5, ("reset", "cut", "503", "429", "length", "page"))
+    with FaultProxy(nginx, faults, seed=1) as proxy:
+        source = [f"data.train=http://127.0.0.1:{proxy.port}", f"data.cache={tmp_path / 'cache'}"]
+        remote = run(tmp_path / "remote", *source, *settings, ranks=2)
+    assert remote.returncode == 0, remote.output
+    assert remote.losses() == local.losses() and len(remote.losses()) == 9
+    counted = [line for line in remote.record() if line["event"] == "train"]
+    whole = sum(shard.bytes for shard in packed.shards)
+    assert 0 < sum(line["read_bytes"] for line in counted) <= whole
+    assert sum(line["read_retries"] for line in counted) > 0
+    assert sum(proxy.seen.values()) - proxy.seen[""] > 3

@@ -1,17 +1,20 @@
 """Packing and reading: deterministic bytes, readable by plain webdataset, nothing lost, errors that name the remedy."""
 
 import io
+import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import webdataset
 from PIL import Image
+from webdataset import TarWriter
 
-from swinv2_scale.data import demo
+from swinv2_scale.data import demo, idx
 from swinv2_scale.data.folder import image_folder, one_file
 from swinv2_scale.data.images import CorruptSampleError, decode
 from swinv2_scale.data.manifest import open_manifest, split_member
+from swinv2_scale.data.mixture import Mixture
 from swinv2_scale.data.pack import pack, parse_shard_size, write_shards
 from swinv2_scale.data.shards import open_sample, read_sample, stats, verify
 
@@ -267,3 +270,37 @@ def test_stats_count(tmp_path):
     assert (numbers["samples"], numbers["shards"], numbers["labels"]) == (6, 2, {"a": 3, "b": 3})
     assert numbers["height"] == {"min": 8, "median": 11, "max": 13}
     assert numbers["mixing"]["open_shards"] == 64 and numbers["mixing"]["stored"] == pytest.approx(4 / 5)
+
+
+def test_keys_that_occur_twice(tmp_path):
+    """In two shards, `verify` names both; within a sample, which of two members is meant cannot be told."""
+    image = encode(np.zeros((8, 8, 3), np.uint8), "PNG")
+    for name, keys in (("a", ["k0", "k1"]), ("b", ["k2", "k1"])):
+        with TarWriter(str(tmp_path / f"{name}.tar")) as writer:
+            for key in keys:
+                writer.write({"__key__": key, "png": image, "cls": "0"})
+    assert verify(open_manifest(tmp_path)) == ["b.tar:k1: its key is also that of sample 1 in a.tar"]
+    with tarfile.open(tmp_path / "c.tar", "w") as tar:
+        for name in ("k3.png", "k3.cls", "k3.png"):
+            info = tarfile.TarInfo(name)
+            info.size = len(image)
+            tar.addfile(info, io.BytesIO(image))
+    (problem,) = [line for line in verify(open_manifest(tmp_path)) if line.startswith("c.tar")]
+    assert "two members png of one key: give each sample a key of its own" in problem
+
+
+def test_a_shard_without_samples_among_others(tmp_path):
+    image = encode(np.zeros((8, 8, 3), np.uint8), "PNG")
+    TarWriter(str(tmp_path / "a.tar")).close()
+    with TarWriter(str(tmp_path / "b.tar")) as writer:
+        writer.write({"__key__": "k", "png": image, "cls": "0"})
+    TarWriter(str(tmp_path / "c.tar")).close()
+    manifest = idx.index(tmp_path)
+    assert [shard.samples for shard in manifest.shards] == [0, 1, 0]
+    assert read_sample(manifest, 0)[0] == "k" and verify(manifest) == []
+    order = Mixture((manifest,), open_shards=1).order(seed=0, global_batch=1)
+    assert [order.global_batch_of(step)[1].tolist() for step in range(3)] == [[0]] * 3
+    (tmp_path / "d.tar").touch()
+    (tmp_path / "manifest.json").unlink()
+    with pytest.raises(ValueError, match=r"d.tar (is no uncompressed tar file|lacks the end marker)"):
+        idx.index(tmp_path)
