@@ -184,6 +184,11 @@ def weights_file(path: str | Path) -> Path:
     return newest[0] / "model.safetensors" if newest else path
 
 
+def checkpoints(path: Path) -> list[Path]:
+    """The checkpoints of a run directory, the newest first, or the one that `path` is."""
+    return [path] if path.is_dir() and path.name.startswith("step_") else _newest_first(path)
+
+
 def _newest_first(run_dir: Path) -> list[Path]:
     return sorted((run_dir / FOLDER).glob("step_*"), reverse=True)
 

@@ -188,6 +188,10 @@ def _add_checkpoint(commands: Any) -> None:
     inspect.add_argument("file", help="a file of weights, a checkpoint, or a run directory")
     inspect.set_defaults(run=_checkpoint_inspect)
 
+    verify = actions.add_parser("verify", help="compare checkpoints with their hashes; exit code 1 if any is damaged")
+    verify.add_argument("path", type=Path, help="a checkpoint, or a run directory: all of its checkpoints")
+    verify.set_defaults(run=_checkpoint_verify)
+
     convert = actions.add_parser("convert", help="write weights under the names of another library")
     convert.add_argument("file", help="a file of weights, a checkpoint, or a run directory")
     convert.add_argument("destination", type=Path, help="safetensors file to write")
@@ -215,6 +219,18 @@ def _checkpoint_inspect(arguments: argparse.Namespace) -> int:
     }
     print(json.dumps(facts, indent=1))
     return 0
+
+
+def _checkpoint_verify(arguments: argparse.Namespace) -> int:
+    from swinv2_scale.checkpoint import checkpoints, verify
+
+    found = checkpoints(arguments.path)
+    if not found:
+        raise ValueError(f"{arguments.path} is no checkpoint, and no run directory that holds one: correct the path")
+    problems = {path: verify(path) for path in found}
+    for path, problem in problems.items():
+        print(f"{path}: {problem or 'intact'}")
+    return 1 if any(problems.values()) else 0
 
 
 def _checkpoint_convert(arguments: argparse.Namespace) -> int:

@@ -11,6 +11,7 @@ import torch
 
 import swinv2_scale.checkpoint as checkpoint_module
 from swinv2_scale.checkpoint import _publish, verify, weights_file
+from swinv2_scale.cli import main
 
 
 @pytest.fixture
@@ -102,3 +103,16 @@ def test_what_a_path_means(checkpoint: Path, tmp_path: Path) -> None:
     (checkpoint / "COMPLETE").unlink()
     with pytest.raises(ValueError, match="holds no complete checkpoint"):
         weights_file(tmp_path)
+
+
+def test_the_command_verifies_one_checkpoint_or_all_of_a_run(checkpoint: Path, tmp_path: Path, capsys) -> None:
+    assert main(["checkpoint", "verify", str(checkpoint)]) == 0
+    assert capsys.readouterr().out == f"{checkpoint}: intact\n"
+    seal(tmp_path, 5, keep=2)
+    (checkpoint / "MANIFEST.json").unlink()
+    assert main(["checkpoint", "verify", str(tmp_path)]) == 1
+    newest, damaged = capsys.readouterr().out.splitlines()
+    assert newest.endswith("step_00000005: intact") and "step_00000004: its MANIFEST.json cannot be read" in damaged
+    assert main(["checkpoint", "verify", str(checkpoint)]) == 1
+    assert main(["checkpoint", "verify", str(tmp_path / "nothing")]) == 2
+    assert "is no checkpoint, and no run directory that holds one" in capsys.readouterr().err
