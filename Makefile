@@ -1,5 +1,5 @@
 # make demo       install, pack real images, pretrain, fine-tune, evaluate, report: the main job, on a fresh machine
-# make test       install, lint, types, tests (under 15 minutes on two cores)
+# make test       install, lint, types, tests (under 20 minutes on two cores)
 # make test-long  the whole demo and longer sweeps
 
 PYTHON ?= python3
