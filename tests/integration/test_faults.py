@@ -67,8 +67,9 @@ def test_three_in_a_row_abort_or_roll_back(launch: Launch, shards: Path) -> None
     assert early.returncode != 0 and "there is no checkpoint yet to roll back to" in early.output
 
 
-@pytest.mark.parametrize(("launcher", "ranks"), [("python", 1), ("deepspeed", 2)])
-@pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("number", "launcher", "ranks"), [(signal.SIGTERM, "python", 1), (signal.SIGUSR2, "deepspeed", 2)]
+)
 def test_a_signal_to_one_rank_saves_once_and_the_run_goes_on(
     launch: Launch, shards: Path, number: signal.Signals, launcher: str, ranks: int
 ) -> None:
