@@ -83,7 +83,7 @@ def read_idx(shard: Path, table: Path) -> np.ndarray:
         members += [spans[0], spans[-1]]
         begins.append(max(offset + -(-size // _TAR_BLOCK) * _TAR_BLOCK for offset, size in spans))
     with shard.open("rb") as file:
-        for offset, size in (members[:1] + members[-1:]) if members else ():
+        for offset, size in members:
             file.seek(offset - _TAR_BLOCK)
             try:
                 found = tarfile.TarInfo.frombuf(file.read(_TAR_BLOCK), "utf-8", "surrogateescape").size
