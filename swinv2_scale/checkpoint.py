@@ -4,7 +4,7 @@
         model.safetensors       float32 master weights in the released naming; metadata: model, pretrained_windows
         optimizer.safetensors   exp_avg.<name>, exp_avg_sq.<name>
         ema.safetensors         averages of the weights, where they are kept: a file of weights like the first
-        state.json              step; seed, global batch and data hash; versions
+        state.json              step, loss scale; seed, global batch and data hash; versions
         config.yaml             the resolved configuration
         MANIFEST.json           size and SHA-256 of each file above
         COMPLETE                written last
@@ -15,10 +15,13 @@ Tensors are whole and named, so a checkpoint belongs to no world size and no ZeR
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from queue import SimpleQueue
+from threading import Thread
+from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -31,59 +34,85 @@ from swinv2_scale.engine import AVERAGE, Engine
 FOLDER = "checkpoints"
 
 
-def save(
-    run_dir: Path, engine: Engine, *, step: int, state: dict[str, Any], metadata: dict[str, Any], keep: int
-) -> Path:
-    """Write the checkpoint of `step` finished steps. Collective; rank 0 writes. It and keep - 1 older ones are kept.
+class Saved(NamedTuple):
+    """What became of a checkpoint: `problem` is None, or why it could not be written.
 
-    state goes to state.json, metadata (JSON values) into the header of model.safetensors. Raises OSError on every
-    rank when it cannot be written (a full disk); the checkpoints that were there are untouched then.
+    stall_seconds is what training waited for, write_seconds what the disk worked.
     """
-    target = run_dir / FOLDER / f"step_{step:08d}"
-    temporary = target.with_name(f".{target.name}.partial")
-    header = {key: json.dumps(value) for key, value in metadata.items()} | {"format": "pt"}
-    writer = _Writer(temporary, writes=distributed.rank() == 0)
-    writer.tensors("model.safetensors", engine.parameters(), header)
-    writer.tensors("optimizer.safetensors", engine.optimizer_state(), {"format": "pt"})
-    if engine.has_averages:
-        writer.tensors("ema.safetensors", engine.averages(), header)
-    writer.call(
-        lambda: (temporary / "state.json").write_text(
-            json.dumps({"step": step, "updates": engine.updates, **state}, indent=1)
-        )
-    )
-    writer.call(lambda: shutil.copy(run_dir / "config.yaml", temporary))
-    writer.call(lambda: _publish(temporary, target, keep))
-    if problem := distributed.from_rank_0(writer.problem):
-        raise OSError(f"checkpoint {target} could not be written: {problem}")
-    return target
+
+    step: int
+    path: Path
+    problem: str | None
+    stall_seconds: float
+    write_seconds: float
 
 
-class _Writer:
-    """Rank 0's files of one checkpoint. After an error nothing is written, but gathering goes on: it is collective."""
+class Saver:
+    """Writes the checkpoints of a run, one at a time, in a thread of rank 0 while training goes on.
 
-    def __init__(self, directory: Path, writes: bool) -> None:
-        self.directory, self.writes = directory, writes
-        self.problem: str | None = None
-        self.call(lambda: shutil.rmtree(directory, ignore_errors=True))
-        self.call(lambda: directory.mkdir(parents=True))
+    A checkpoint and keep - 1 older ones are kept. One that cannot be written (a full disk) leaves those that were there
+    untouched.
+    """
 
-    def call(self, write: Callable[[], object]) -> None:
-        """Do something on rank 0's disk, unless it failed before."""
-        if self.writes and self.problem is None:
-            try:
-                write()
-            except (OSError, SafetensorError) as error:
-                self.problem = str(error)
-                shutil.rmtree(self.directory, ignore_errors=True)
+    def __init__(self, run_dir: Path, keep: int) -> None:
+        self._run_dir, self._keep = run_dir, keep
+        self._thread: Thread | None = None
+        self._finished: SimpleQueue[Saved] = SimpleQueue()
 
-    def tensors(self, name: str, tensors: Iterable[tuple[str, Tensor]], metadata: dict[str, str]) -> None:
-        """Gather named tensors on all ranks, and write them as one safetensors file."""
-        gathered = {}
-        for key, tensor in tensors:
-            if self.writes and self.problem is None:
-                gathered[key] = tensor.contiguous()
-        self.call(lambda: save_file(gathered, self.directory / name, metadata))
+    def save(self, engine: Engine, *, step: int, state: dict[str, Any], metadata: dict[str, Any]) -> None:
+        """Copy the checkpoint of `step` finished steps to rank 0's memory, and begin to write it. Collective.
+
+        state goes to state.json, metadata (JSON values) into the headers of the files of weights. Waits until the
+        checkpoint before is written.
+        """
+        begin = time.monotonic()
+        self.wait()
+        header = {key: json.dumps(value) for key, value in metadata.items()} | {"format": "pt"}
+        parts = {"model": (engine.parameters(), header), "optimizer": (engine.optimizer_state(), {"format": "pt"})}
+        if engine.has_averages:
+            parts["ema"] = (engine.averages(), header)
+        tensors = {name: (_on_rank_0(gathered), header) for name, (gathered, header) in parts.items()}
+        state = {"step": step, "updates": engine.updates, "loss_scale": engine.loss_scale.state, **state}
+        stall = time.monotonic() - begin
+        if distributed.rank() == 0:
+            self._thread = Thread(target=self._write, args=(step, tensors, state, stall), name=f"checkpoint {step}")
+            self._thread.start()
+
+    def wait(self) -> None:
+        """Until nothing is being written. Only rank 0 ever waits."""
+        if self._thread is not None:
+            self._thread.join()
+
+    def finished(self) -> list[Saved]:
+        """The checkpoints that were finished since the last call; on ranks other than 0 none ever are."""
+        return [self._finished.get() for _ in range(self._finished.qsize())]
+
+    def _write(self, step: int, tensors: dict[str, tuple[dict, dict]], state: dict[str, Any], stall: float) -> None:
+        begin, problem = time.monotonic(), None
+        target = self._run_dir / FOLDER / f"step_{step:08d}"
+        temporary = target.with_name(f".{target.name}.partial")
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            while tensors:  # each file's tensors are given back as soon as they are written
+                name, (values, header) = tensors.popitem()
+                save_file(values, temporary / f"{name}.safetensors", header)
+            (temporary / "state.json").write_text(json.dumps(state, indent=1))
+            shutil.copy(self._run_dir / "config.yaml", temporary)
+            _publish(temporary, target, self._keep)
+        except (OSError, SafetensorError) as error:
+            problem = str(error)
+            shutil.rmtree(temporary, ignore_errors=True)
+        self._finished.put(Saved(step, target, problem, stall, time.monotonic() - begin))
+
+
+def _on_rank_0(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Gather named tensors. Collective; ranks other than 0 keep none."""
+    kept = {}
+    for name, tensor in tensors:
+        if distributed.rank() == 0:
+            kept[name] = tensor
+    return kept
 
 
 def _publish(temporary: Path, target: Path, keep: int) -> None:
@@ -167,6 +196,7 @@ def restore(path: Path, engine: Engine, identity: dict[str, Any]) -> dict[str, A
                 return opened["ema"].get_tensor(name) if kind == AVERAGE else opened["optimizer"].get_tensor(key)
 
             engine.load(model.get_tensor, state_of, step=state["updates"])
+    engine.loss_scale.state = state["loss_scale"]
     assert isinstance(state, dict)
     return state
 

@@ -1,36 +1,38 @@
 """The training engine: DeepSpeed, configured in one pure function. The only module that imports deepspeed.
 
-Precision. In bf16 the large weights are bfloat16 and everything that must stay exact (FLOAT32) is float32; ZeRO keeps
-float32 master weights and accumulates float32 gradients for both. The cast is ours, so DeepSpeed is told of float32:
-its own bf16 mode would cast logit_scale and the position bias too, which turns a scale of 100 into 98.4 or 101.6.
+Precision. In bf16 and fp16 the large weights have 16 bits and everything that must stay exact (FLOAT32) is float32;
+ZeRO keeps float32 master weights and accumulates float32 gradients for both. The cast is ours, so DeepSpeed is told of
+float32: its own bf16 mode would cast logit_scale and the position bias too, which turns a scale of 100 into 98.4 or
+101.6. The loss scale of fp16 is ours for the same reason.
 """
 
+import importlib
 import os
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from swinv2_scale import distributed
+from swinv2_scale.optim import Lamb, LossScale
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed probes for accelerators, with warnings
 
 import deepspeed
-from deepspeed.utils import (
-    safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
-    safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
-)
+from deepspeed.ops.adam import DeepSpeedCPUAdam
+from deepspeed.runtime.zero import stage3
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
 # DeepSpeed calls collectives that torch has since renamed, and torch says so from every rank.
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
 
-PRECISIONS = ("fp32", "bf16")
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Parameters that stay float32 whatever the precision: scales, the position bias network, norms.
 FLOAT32 = re.compile(r"(^|\.)(logit_scale|cpb_mlp\.\d+\.\w+|\w*norm\d?\.\w+)$")
 
@@ -75,14 +77,14 @@ def deepspeed_config(
     Batches in images, bucket sizes in elements, gradient_clip is the largest global norm (0: no clipping).
     Raises ValueError for impossible batch arithmetic and unknown stages or precisions.
     """
-    if zero_stage not in (0, 1, 2):
-        raise ValueError(f"parallel.zero_stage must be 0, 1 or 2, got {zero_stage}")
+    if zero_stage not in (0, 1, 2, 3):
+        raise ValueError(f"parallel.zero_stage must be 0, 1, 2 or 3, got {zero_stage}")
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
-    if precision == "bf16" and zero_stage == 0:
+    if precision != "fp32" and zero_stage == 0:
         raise ValueError(
-            "precision=bf16 needs the float32 master weights that ZeRO keeps: use parallel=zero1, which on one rank "
-            "takes the same memory, or precision=fp32"
+            f"precision={precision} needs the float32 master weights that ZeRO keeps: use parallel=zero1, which on one "
+            "rank takes the same memory, or precision=fp32"
         )
     return {
         "train_batch_size": global_batch,
@@ -90,7 +92,7 @@ def deepspeed_config(
         "gradient_accumulation_steps": batch_arithmetic(global_batch, micro_batch, world_size),
         "gradient_clipping": gradient_clip,
         "bf16": {"enabled": False},  # see the head of this file
-        "fp16": {"enabled": False},
+        "fp16": {"enabled": False, "loss_scale": 1.0},
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
         "prescale_gradients": False,
@@ -103,25 +105,92 @@ def deepspeed_config(
             "reduce_bucket_size": reduce_bucket_size,
             "allgather_bucket_size": allgather_bucket_size,
             "overlap_comm": overlap_comm,
+            **(STAGE_3 if zero_stage == 3 else {}),
         },
         "steps_per_print": 2**31,  # our telemetry reports
         "wall_clock_breakdown": False,
     }
 
 
+# ZeRO 3, in elements: how much of the next layers' weights is gathered ahead, and kept gathered in all.
+STAGE_3 = {
+    "stage3_prefetch_bucket_size": 50_000_000,
+    "stage3_max_live_parameters": 500_000_000,
+    "stage3_max_reuse_distance": 500_000_000,
+    "stage3_param_persistence_threshold": 0,  # which would keep small ones whole, in one buffer of one type
+    "sub_group_size": 1_000_000_000,
+}
+
+
+def optimizer(
+    name: str, *, implementation: str, zero_stage: int, betas: tuple[float, float], eps: float
+) -> Callable[..., torch.optim.Optimizer]:
+    """What makes the optimiser `name` of parameter groups: adamw, sgd (betas[0] is its momentum), or lamb.
+
+    Its learning rates are those that the engine sets. implementation, of AdamW: "torch" (fused), "apex" (NVIDIA's
+    FusedAdam), "deepspeed" (CPUAdam, compiled at first use), or "auto", which is NVIDIA's on a GPU where it is
+    installed, else torch's. Raises ValueError for what is unknown or not here; and for LAMB with ZeRO, which hands an
+    optimiser slices of many parameters at once, while LAMB scales the step of each parameter by its norm.
+    """
+    if name not in ("adamw", "sgd", "lamb"):
+        raise ValueError(f"optim.name={name} is not one of adamw, sgd, lamb")
+    if implementation not in ("auto", "torch", "apex", "deepspeed"):
+        raise ValueError(f"optim.implementation={implementation} is not one of auto, torch, apex, deepspeed")
+    if implementation in ("apex", "deepspeed") and (name != "adamw" or zero_stage == 0):
+        raise ValueError(
+            f"optim.implementation={implementation} is one of AdamW under ZeRO, not of {name} with "
+            f"parallel.zero_stage={zero_stage}: use optim.implementation=auto"
+        )
+    if name == "lamb" and zero_stage:
+        raise ValueError(
+            "optim.name=lamb needs whole parameters, which ZeRO divides: add parallel=zero0 precision=fp32"
+        )
+    if name == "lamb":
+        return partial(Lamb, lr=0.0, betas=betas, eps=eps)
+    if name == "sgd":
+        return partial(torch.optim.SGD, lr=0.0, momentum=betas[0], fused=True)
+    on_gpu = distributed.device().type == "cuda"
+    if implementation == "apex" or (implementation == "auto" and on_gpu and zero_stage):
+        found = _apex_fused_adam()
+        if isinstance(found, str) and implementation == "apex":
+            raise ValueError(f"optim.implementation=apex: {found}, or use optim.implementation=auto")
+        if not isinstance(found, str):
+            return partial(found, lr=0.0, betas=betas, eps=eps, adam_w_mode=True)
+    if implementation == "deepspeed":
+        if on_gpu:
+            raise ValueError("optim.implementation=deepspeed is of states in host memory: use auto on a GPU")
+        return partial(DeepSpeedCPUAdam, lr=0.0, betas=betas, eps=eps, adamw_mode=True)
+    return partial(torch.optim.AdamW, lr=0.0, betas=betas, eps=eps, fused=True)
+
+
+def _apex_fused_adam() -> Any:
+    """NVIDIA's FusedAdam, or what is wrong; known by its attributes, since PyPI's apex is another package."""
+    try:
+        module = importlib.import_module("apex.optimizers")
+        importlib.import_module("amp_C")  # its compiled part
+        return module.FusedAdam
+    except (ImportError, AttributeError) as error:
+        return (
+            f"the package apex is not here, not NVIDIA's, or without its CUDA extensions ({error}); `swinv2-scale "
+            "doctor` tells which. Build https://github.com/NVIDIA/apex with them"
+        )
+
+
 def cast(model: nn.Module, precision: str) -> None:
     """Give each parameter its training type, in place."""
-    if precision == "bf16":
+    if precision != "fp32":
         for name, parameter in model.named_parameters():
             if not FLOAT32.search(name):
-                parameter.data = parameter.data.to(torch.bfloat16)
+                parameter.data = parameter.data.to(PRECISIONS[precision])
 
 
 class Step(NamedTuple):
-    """A step's mean loss, of this rank and on its device, and whether it was applied: gradients were finite."""
+    """A step's mean loss, of this rank and on its device; whether it was applied, that is, gradients were finite; and
+    whether, in fp16, the loss scale was lowered because they were not."""
 
     loss: Tensor
     applied: bool
+    rescaled: bool = False
 
 
 class Engine:
@@ -135,7 +204,7 @@ class Engine:
         self,
         model: nn.Module,
         groups: list[dict[str, Any]],
-        optimizer: Callable[..., torch.optim.Optimizer],
+        make_optimizer: Callable[..., torch.optim.Optimizer],
         ds_config: dict[str, Any],
         ema_decay: float | None = None,
     ) -> None:
@@ -146,13 +215,15 @@ class Engine:
         self.model = model.to(distributed.device())
         self.accumulation = ds_config["gradient_accumulation_steps"]
         self.updates = 0  # steps that were applied
-        stage = ds_config["zero_optimization"]["stage"]
+        half = any(parameter.dtype == torch.float16 for parameter in model.parameters())
+        self.loss_scale = LossScale(2.0**16 if half else 1.0, grows=half)
+        self.stage = stage = ds_config["zero_optimization"]["stage"]
         self._clip = ds_config["gradient_clipping"]
         if stage == 0:  # DeepSpeed would clip without telling the norm: `_examine` does it
             ds_config = {**ds_config, "gradient_clipping": 0.0}
         self._names = {parameter: name for name, parameter in model.named_parameters()}
         self._deepspeed, *_ = deepspeed.initialize(
-            model=model, optimizer=optimizer(_one_type_each(groups, stage)), config=ds_config
+            model=model, optimizer=make_optimizer(_one_type_each(groups, stage)), config=ds_config
         )
         self._zero = stage > 0
         self._norm: Tensor | None = None
@@ -160,6 +231,7 @@ class Engine:
         self._ema_decay = ema_decay
         if self._zero:
             self._deepspeed.optimizer.check_grad_overflow = True  # otherwise it applies what is not finite to bfloat16
+            self._deepspeed.optimizer.custom_loss_scaler = True
         else:
             self._base.register_step_pre_hook(self._examine)
         self._allocate_optimizer_state()
@@ -174,6 +246,8 @@ class Engine:
         self.model.train()
         for group in self._base.param_groups:
             group["lr"] = lr * group["lr_scale"]
+        if self._zero:
+            self._deepspeed.optimizer.external_loss_scale = self.loss_scale.value
         total = torch.zeros((), device=distributed.device())
         count = 0
         for batch in micro_batches:
@@ -189,7 +263,7 @@ class Engine:
             self.updates += 1
             self._norm = torch.as_tensor(self._deepspeed.get_global_grad_norm()) if self._zero else self._norm
             self._average()
-        return Step(total / count, applied)
+        return Step(total / count, applied, self.loss_scale.after(applied))
 
     def gradient_norm(self) -> float | None:
         """Global norm of the gradients of the last step that was applied, before clipping; None before the first.
@@ -215,14 +289,21 @@ class Engine:
             if self._clip:
                 nn.utils.clip_grads_with_norm_(parameters, self._clip, norm)
 
+    @property
+    def optimizer(self) -> str:
+        """Which optimiser it is, such as torch.optim.adamw.AdamW, fused."""
+        kind = type(self._base)
+        return f"{kind.__module__}.{kind.__qualname__}" + ", fused" * bool(self._base.defaults.get("fused"))
+
     def shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Name and shape of every trainable parameter."""
-        return ((name, tuple(parameter.shape)) for parameter, name in self._trainable())
+        return ((name, tuple(getattr(parameter, "ds_shape", parameter.shape))) for parameter, name in self._trainable())
 
     def parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Every trainable parameter by name as float32 on the CPU: the master weights. Collective."""
         for parameter, name in self._trainable():
-            yield name, (safe_get_full_fp32_param(parameter) if self._zero else parameter.detach()).cpu()
+            value = safe_get_full_fp32_param(parameter) if self._zero else parameter.detach()
+            yield name, _whole(value, parameter)
 
     def optimizer_state(self) -> Iterator[tuple[str, Tensor]]:
         """Every optimiser state as (state.name, float32 on the CPU), for example exp_avg.norm.weight. Collective."""
@@ -250,32 +331,59 @@ class Engine:
         self.updates = step
         with torch.no_grad():
             for target, name in self._trainable():
-                value = parameter(name).to(distributed.device())
-                if self._zero:
-                    safe_set_full_fp32_param(target, value)
-                else:
-                    target.copy_(value)
-                if state is None:
-                    continue
-                for key in self._state_keys:
-                    value = state(f"{key}.{name}").to(distributed.device())
-                    if self._zero:
-                        safe_set_full_optimizer_state(target, value, key)
-                    else:
-                        self._base.state[target][key].copy_(value)
+                self._set(target, parameter(name).to(distributed.device()), None)
+                if state is not None:
+                    for key in self._state_keys:
+                        self._set(target, state(f"{key}.{name}").to(distributed.device()), key)
+            for group in self._base.param_groups:
+                group["step"] = step  # where NVIDIA's counts
             for weights, values in self._base.state.items():
-                if "step" in values:
-                    values["step"].fill_(step)
+                values["step"] = step if self._counts_in_python else values["step"].fill_(step)
                 if AVERAGE in values and state is None:
                     values[AVERAGE].copy_(weights)
-            if self._zero:
+            if self.stage == 3:
+                for group in range(len(self._deepspeed.optimizer.fp16_groups)):
+                    self._deepspeed.optimizer._reassign_or_swap_out_partitioned_parameters(group)
+            elif self._zero:
                 self._deepspeed.optimizer.update_lp_params()
+
+    @contextmanager
+    def whole_model(self) -> Iterator[None]:
+        """Within it a rank may run the model by itself, whatever the other ranks do. Collective.
+
+        Only ZeRO 3 needs it: every rank gathers all weights for the time being, in their training type.
+        """
+        if self.stage != 3:
+            yield
+            return
+        parameters: list[Any] = list(self._names)
+        with deepspeed.zero.GatheredParameters(parameters):
+            for parameter in parameters:
+                parameter.ds_persist = True  # or each module would give its own back when it is through
+            try:
+                yield
+            finally:
+                for parameter in parameters:
+                    parameter.ds_persist = False
 
     def _trainable(self) -> Iterator[tuple[nn.Parameter, str]]:
         return ((parameter, name) for parameter, name in self._names.items() if parameter.requires_grad)
 
+    def _set(self, parameter: Any, value: Tensor, key: str | None) -> None:
+        """Set a parameter's master weights, or its optimiser state `key`."""
+        if self.stage == 3:  # DeepSpeed's function for whole values fails where the last rank's part is padded
+            size = parameter.ds_tensor.ds_numel
+            padded = nn.functional.pad(value.flatten(), (0, size * distributed.world_size() - value.numel()))
+            own = padded.narrow(0, size * distributed.rank(), size)
+            self._deepspeed.optimizer.set_local_hp_param(own, parameter, key)
+        elif self._zero:
+            parameter.set_full_hp_param(value, key)
+        else:
+            (parameter if key is None else self._base.state[parameter][key]).copy_(value)
+
     def _state(self, parameter: nn.Parameter, key: str) -> Tensor:
-        return (safe_get_full_optimizer_state(parameter, key) if self._zero else self._base.state[parameter][key]).cpu()
+        value = safe_get_full_optimizer_state(parameter, key) if self._zero else self._base.state[parameter][key]
+        return _whole(value, parameter)
 
     def _allocate_optimizer_state(self) -> None:
         """Create the optimiser's states now, as its first step would: so a checkpoint can be loaded into them.
@@ -283,14 +391,21 @@ class Engine:
         The averages are one more of them, as far as DeepSpeed knows: so they are divided among the ranks alike.
         """
         self._state_keys = STATES[type(self._base).__name__] + (AVERAGE,) * (self._ema_decay is not None)
-        for group in self._base.param_groups:
-            for parameter in group["params"]:
-                state = self._base.state[parameter]
-                state["step"] = torch.zeros((), device=parameter.device if group.get("fused") else "cpu")
-                state.update({key: torch.zeros_like(parameter) for key in self._state_keys})
-                if AVERAGE in state:
-                    state[AVERAGE].copy_(parameter.detach())
-        if self._zero:
+        self._counts_in_python = isinstance(self._base, DeepSpeedCPUAdam)
+        fused = self._base.defaults.get("fused")
+        if self.stage == 3:
+            weights = list(self._deepspeed.optimizer.fp32_partitioned_groups_flat)
+        else:
+            weights = [parameter for group in self._base.param_groups for parameter in group["params"]]
+        for parameter in weights:
+            state = self._base.state[parameter]
+            state["step"] = torch.zeros((), device=parameter.device if fused else "cpu")
+            if self._counts_in_python:
+                state["step"] = 0
+            state.update({key: torch.zeros_like(parameter) for key in self._state_keys})
+            if AVERAGE in state:
+                state[AVERAGE].copy_(parameter.detach())
+        if self._zero and self.stage != 3:
             self._deepspeed.optimizer._lazy_init_hp_params_optimizer_state()
 
 
@@ -298,6 +413,8 @@ AVERAGE = "ema"  # the exponential moving average of a parameter, kept among the
 # Per-parameter tensors that each optimiser keeps.
 STATES: dict[str, tuple[str, ...]] = {
     "AdamW": ("exp_avg", "exp_avg_sq"),
+    "FusedAdam": ("exp_avg", "exp_avg_sq"),
+    "DeepSpeedCPUAdam": ("exp_avg", "exp_avg_sq"),
     "SGD": ("momentum_buffer",),
     "Lamb": ("exp_avg", "exp_avg_sq"),
 }
@@ -328,14 +445,39 @@ def build_engine(
 def _one_type_each(groups: list[dict[str, Any]], stage: int) -> list[dict[str, Any]]:
     """Split groups by parameter type, since ZeRO flattens a group into one buffer.
 
-    DeepSpeed takes the type of the first group for that of all. Stage 1 then accumulates all gradients in float32 if it
-    is bfloat16; stage 2 reduces all gradients in it, so there it must be float32.
+    DeepSpeed takes the type of the first group for that of all. Stages 1 and 3 then accumulate all gradients in float32
+    if it has 16 bits; stage 2 reduces all gradients in it, so there it must be float32.
     """
     split = []
-    for dtype in (torch.float32, torch.bfloat16) if stage == 2 else (torch.bfloat16, torch.float32):
+    for dtype in sorted(PRECISIONS.values(), key=lambda dtype: dtype.itemsize, reverse=stage == 2):
         for group in groups:
             chosen = [(p, n) for p, n in zip(group["params"], group["names"], strict=True) if p.dtype == dtype]
             if chosen:
                 parameters, names = zip(*chosen, strict=True)
                 split.append({**group, "params": list(parameters), "names": list(names)})
     return split
+
+
+def _whole(value: Tensor, parameter: nn.Parameter) -> Tensor:
+    """A gathered value in its parameter's shape: a float32 copy on the CPU, which later steps leave alone."""
+    return value.detach().reshape(getattr(parameter, "ds_shape", parameter.shape)).to("cpu", torch.float32, copy=True)
+
+
+class _Defragmented:
+    """ZeRO 3's one buffer of all parameters, as one for each of their types, which come one after the other."""
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        self._buffers = []
+        for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+            self._buffers.append(_defragment([tensor for tensor in tensors if tensor.dtype == dtype]))
+
+    def narrow(self, dim: int, start: int, length: int) -> Tensor:
+        for buffer in self._buffers:
+            if start < buffer.numel():
+                return buffer.narrow(dim, start, length)
+            start -= buffer.numel()
+        raise IndexError(start)
+
+
+_defragment = stage3.defragment
+stage3.defragment = _Defragmented  # DeepSpeed's own asserts that there is one type

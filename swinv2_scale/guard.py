@@ -5,6 +5,7 @@ is used up, the learning rate goes on with the step. The guard counts such steps
 that is asked for, when the loss has left the range it was in.
 """
 
+import math
 import statistics
 from collections import deque
 from collections.abc import Callable
@@ -62,16 +63,23 @@ class Guard:
         self._losses: deque[float] = deque(maxlen=WINDOW)
         self.cause = ""
 
-    def after(self, done: int, loss: Tensor, applied: bool) -> Verdict:
-        """The verdict after `done` steps. Collective: `loss` is this rank's, `applied` is the same on all."""
+    def after(self, done: int, loss: Tensor, applied: bool, rescaled: bool = False) -> Verdict:
+        """The verdict after `done` steps. Collective: `loss` is this rank's, the others are the same on all.
+
+        A step that was skipped while all losses were finite, and lowered the loss scale of fp16, does not count.
+        """
         own = {"signals": float(signals.received()), "loss": float(loss) if self.spike else 0.0}
         total = distributed.sum_over_ranks(own)
         if total["signals"]:
             return Verdict.STOP
         if not applied:
+            losses = distributed.gathered(float(loss))
+            shown = ", ".join(f"{value:.4g}" for value in losses)
+            if rescaled and all(math.isfinite(value) for value in losses):
+                self.tell(done, f"gradients are too large for the loss scale, halved; skipped; loss by rank: {shown}")
+                return Verdict.CONTINUE
             self._skipped_in_a_row += 1
-            losses = ", ".join(f"{value:.4g}" for value in distributed.gathered(float(loss)))
-            self.tell(done, f"gradients are not finite, skipped; loss by rank: {losses}")
+            self.tell(done, f"gradients are not finite, skipped; loss by rank: {shown}")
             return self._decide(
                 self._skipped_in_a_row, self.nonfinite, f"{self.patience} steps in a row were not finite"
             )

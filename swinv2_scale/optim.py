@@ -2,9 +2,8 @@
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -69,25 +68,34 @@ def parameter_groups(
     return list(groups.values())
 
 
-def optimizer(
-    name: str, zero_stage: int, *, betas: tuple[float, float], eps: float
-) -> Callable[..., torch.optim.Optimizer]:
-    """What makes the optimiser `name` of parameter groups: adamw, sgd (betas[0] is its momentum), or lamb.
+class LossScale:
+    """What the loss is multiplied by before backward in fp16, and the gradients divided by: 1 in other precisions.
 
-    Its learning rates are those that the engine sets. Raises ValueError for another name, and for LAMB with ZeRO, which
-    hands an optimiser slices of many parameters at once, while LAMB scales the step of each parameter by its norm.
+    Halved, down to 1, by a step whose gradients are not finite; doubled, up to 2^24, after 2000 steps that were.
+    `state` is what a checkpoint must hold.
     """
-    if name == "adamw":
-        return partial(torch.optim.AdamW, lr=0.0, betas=betas, eps=eps, fused=True)
-    if name == "sgd":
-        return partial(torch.optim.SGD, lr=0.0, momentum=betas[0], fused=True)
-    if name != "lamb":
-        raise ValueError(f"optim.name={name} is not one of adamw, sgd, lamb")
-    if zero_stage:
-        raise ValueError(
-            "optim.name=lamb needs whole parameters, which ZeRO divides: add parallel=zero0 precision=fp32"
-        )
-    return partial(Lamb, lr=0.0, betas=betas, eps=eps)
+
+    def __init__(self, value: float, *, grows: bool) -> None:
+        self.value, self.grows, self._steady = value, grows, 0
+
+    def after(self, applied: bool) -> bool:
+        """Take notice of a step; whether it lowered the scale."""
+        lower = not applied and self.value > 1.0
+        self._steady = self._steady + 1 if applied else 0
+        if lower:
+            self.value /= 2
+        elif self.grows and self._steady == 2000:
+            self.value, self._steady = min(self.value * 2, 2.0**24), 0
+        return lower
+
+    @property
+    def state(self) -> dict[str, float]:
+        return {"value": self.value, "steady": self._steady} if self.grows else {}
+
+    @state.setter
+    def state(self, state: dict[str, float]) -> None:
+        if self.grows and state:
+            self.value, self._steady = state["value"], int(state["steady"])
 
 
 class Lamb(torch.optim.Optimizer):

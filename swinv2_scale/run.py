@@ -1,8 +1,10 @@
 """A run: configuration -> model, stream, engine -> loop -> checkpoints and records."""
 
+import contextlib
 import csv
 import fcntl
 import json
+import math
 import platform
 import sys
 import traceback
@@ -21,13 +23,13 @@ from swinv2_scale.data.mixture import Mixture, open_mixture
 from swinv2_scale.data.order import Order
 from swinv2_scale.data.sources import Reader
 from swinv2_scale.data.stream import Batch, Stream, evaluation_stream, training_stream
-from swinv2_scale.engine import Engine, build_engine, cast, deepspeed_config
+from swinv2_scale.engine import Engine, build_engine, cast, deepspeed_config, optimizer
 from swinv2_scale.guard import Guard
 from swinv2_scale.heartbeat import Heartbeat
 from swinv2_scale.models import memory
 from swinv2_scale.models.convert import describe, load_checkpoint
 from swinv2_scale.ops import native, selfcheck
-from swinv2_scale.optim import Schedule, optimizer, parameter_groups
+from swinv2_scale.optim import Schedule, parameter_groups
 from swinv2_scale.telemetry import RECORD, Telemetry
 from swinv2_scale.train import Evaluation, Task, evaluate, train
 
@@ -55,7 +57,8 @@ def main(config_name: str, argv: Sequence[str], action: Callable[[Any], None]) -
     except ValueError as error:
         print(f"error (rank {distributed.rank()}): {error}", file=sys.stderr)
         if cfg is not None and distributed.rank() == 0 and Path(cfg.run_dir).is_dir():
-            (Path(cfg.run_dir) / "error.txt").write_text(traceback.format_exc())
+            with contextlib.suppress(OSError):  # which may be what the error is about
+                (Path(cfg.run_dir) / "error.txt").write_text(traceback.format_exc())
         code = 2
     except signals.Stopped as stopped:
         print_on_rank_0(str(stopped))
@@ -96,14 +99,16 @@ def training(cfg: Any) -> None:
         task.check_classes(data.classes, manifest.classes, highest_label=manifest.highest_label)
     limits = {"stall_minutes": cfg.stall_minutes, "timeout_minutes": cfg.timeout_minutes}
     heartbeat = Heartbeat(run_dir, distributed.rank(), **limits)
-    run = Run(cfg, run_dir, task, model, engine, guard, heartbeat, telemetry, identity, data.classes, held_out)
+    saver = checkpoint.Saver(run_dir, cfg.keep_checkpoints)
+    run = Run(cfg, run_dir, task, model, engine, saver, guard, heartbeat, telemetry, identity, data.classes, held_out)
     # 5  the loop
     telemetry.start(
         start,
         world_size=distributed.world_size(),
         device=distributed.device().type,
         precision=cfg.precision,
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        parameters=sum(math.prod(shape) for _, shape in engine.shapes()),
+        optimizer=engine.optimizer,
         versions=versions(),
         data={"train": {"samples": len(data), **data.identity}},
     )
@@ -113,9 +118,11 @@ def training(cfg: Any) -> None:
             run.look(0)
             telemetry.resume_clock()
         watch: dict[str, Any] = {"guard": guard, "heartbeat": heartbeat}
-        hooks: dict[str, Any] = {"look": run.look, "save": run.save, "roll_back": run.roll_back}
+        hooks: dict[str, Any] = {"look": run.look, "save": run.save, "saved": run.saved, "roll_back": run.roll_back}
         train(engine, task, stream, schedule, telemetry, start=start, stop=steps, **watch, **hooks, **intervals)
     except BaseException as error:  # Ctrl-C too
+        run.saver.wait()
+        run.saved()
         heartbeat.end(f"{type(error).__name__}: {error}")
         telemetry.end(f"{type(error).__name__}: {error}")
         raise
@@ -135,6 +142,7 @@ class Run:
     task: Task
     model: nn.Module
     engine: Engine
+    saver: checkpoint.Saver
     guard: Guard
     heartbeat: Heartbeat
     telemetry: Telemetry
@@ -147,32 +155,42 @@ class Run:
         if self.held_out is not None:
             pictures = step in (0, self.telemetry.total_steps)
             beat = partial(self.heartbeat.over, phase="evaluating", step=step)
-            look_at(self.model, self.task, *self.held_out, self.telemetry, step, pictures=pictures, beat=beat)
+            with self.engine.whole_model():
+                look_at(self.model, self.task, *self.held_out, self.telemetry, step, pictures=pictures, beat=beat)
 
-    def save(self, step: int) -> None:
-        """Write a checkpoint. One that fails is told and the run goes on, unless it is the last."""
+    def save(self, step: int, leaving: bool) -> None:
+        """Begin to write a checkpoint, or write it to the end when the run leaves off here. Collective.
+
+        One that fails is told and the run goes on; OSError if it was to be the last.
+        """
         windows = self.task.backbone(self.model).pretrained_windows
         state = {"identity": self.identity, "pretrained_windows": windows, "guard": self.guard.state}
+        state["versions"] = versions()
         metadata = {"model": config.plain(self.cfg.model), "pretrained_windows": windows, "classes": self.classes}
-        keep = self.cfg.keep_checkpoints
-        try:
-            path = checkpoint.save(
-                self.run_dir,
-                self.engine,
-                step=step,
-                state=state | {"versions": versions()},
-                metadata=metadata,
-                keep=keep,
-            )
-            self.telemetry.event("checkpoint", step, path=str(path))
-        except OSError as error:
-            self.telemetry.event("checkpoint_failed", step, error=str(error))
-            self.telemetry.say(str(error))
-            if step == self.telemetry.total_steps:
-                raise
+        self.saver.save(self.engine, step=step, state=state, metadata=metadata)
+        if leaving:
+            self.saver.wait()
+            if problem := distributed.from_rank_0(self.saved()):
+                raise OSError(problem)
+
+    def saved(self) -> str | None:
+        """Record the checkpoints that were finished meanwhile; why the newest of them could not be written, if so."""
+        failed = None
+        for step, path, problem, *seconds in self.saver.finished():
+            stall, write = (round(value, 3) for value in seconds)
+            if problem is None:
+                failed = None
+                self.telemetry.event("checkpoint", step, path=str(path), stall_seconds=stall, write_seconds=write)
+            else:
+                failed = f"checkpoint {path} could not be written: {problem}"
+                self.telemetry.event("checkpoint_failed", step, error=failed)
+                self.telemetry.say(failed)
+        return failed
 
     def roll_back(self, step: int) -> None:
         """Give the engine the weights and states of the last checkpoint. Raises FloatingPointError without one."""
+        self.saver.wait()
+        self.saved()
         path = checkpoint.latest(self.run_dir, self.telemetry.say)
         cause = self.guard.cause
         if path is None:
@@ -187,7 +205,8 @@ def open_model(
 ) -> tuple[nn.Module, Engine, int]:
     """The model, the engine that trains it, and the steps that it has been trained for."""
     # 1  the optimiser, and what DeepSpeed is told; impossible batches end here
-    make = optimizer(cfg.optim.name, cfg.parallel.zero_stage, betas=tuple(cfg.optim.betas), eps=cfg.optim.eps)
+    settings = {"zero_stage": cfg.parallel.zero_stage, "betas": tuple(cfg.optim.betas), "eps": cfg.optim.eps}
+    make = optimizer(cfg.optim.name, implementation=cfg.optim.implementation, **settings)
     ds_config = deepspeed_config(
         global_batch=cfg.global_batch,
         micro_batch=cfg.micro_batch,
@@ -209,6 +228,7 @@ def open_model(
     engine = build_engine(
         model, groups, optimizer=make, precision=cfg.precision, ds_config=ds_config, ema_decay=optim.ema_decay
     )
+    telemetry.say(f"optimiser: {engine.optimizer}")
     # 4  the state of this run
     start = 0
     if resumable is not None:

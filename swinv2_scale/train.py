@@ -65,11 +65,13 @@ def train(
     guard: Guard,
     heartbeat: Heartbeat,
     look: Callable[[int], None],
-    save: Callable[[int], None],
+    save: Callable[[int, bool], None],
+    saved: Callable[[], None],
     roll_back: Callable[[int], None],
 ) -> None:
     """Run the steps start … stop - 1; `look` evaluates and `save` checkpoints after a number of finished steps.
 
+    `save` returns while the checkpoint is still written, unless the run ends here, and `saved` notes when one is.
     `roll_back` gives the engine the weights of the last checkpoint. Intervals are in steps; 0 means only at the end.
 
     Raises FloatingPointError when `guard` judges that it is enough, and Stopped, after saving, when it was signalled.
@@ -78,11 +80,12 @@ def train(
     for step in range(start, stop):
         heartbeat.beat("training", step)
         # ------------------------------------------------------------------------------------------ the step
-        loss, applied = engine.step(seeded(islice(batches, engine.accumulation)), task.loss, schedule(step))
-        telemetry.step(loss, applied)
+        result = engine.step(seeded(islice(batches, engine.accumulation)), task.loss, schedule(step))
+        telemetry.step(result.loss, result.applied)
         done = step + 1
-        verdict = guard.after(done, loss, applied)
+        verdict = guard.after(done, *result)
         # ------------------------------------------------------------------------------------------ now and then
+        saved()
         saves = due(done, checkpoint_every, stop) or verdict is Verdict.STOP
         looks = due(done, evaluate_every, stop) and verdict is not Verdict.STOP
         if due(done, log_every, stop) or saves or looks or verdict is not Verdict.CONTINUE:
@@ -96,7 +99,7 @@ def train(
             roll_back(done)
         if saves:
             heartbeat.beat("saving", done)
-            save(done)
+            save(done, verdict is Verdict.STOP or done == stop)
         if verdict is Verdict.STOP and done < stop:
             raise Stopped(f"signalled at step {done}, saved; the same command goes on from here")
         if looks:

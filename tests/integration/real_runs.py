@@ -135,7 +135,7 @@ def run(
     With `at`, a step and an action, the action gets the ranks' process numbers once the record shows the step.
     """
     arguments = [*TINY, f"name={directory.name}", f"run_dir={directory}"] if tiny else []
-    variables = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    variables = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
     variables |= {
         "PATH": f"{Path(sys.executable).parent}:{variables['PATH']}",
         "GLOO_SOCKET_IFNAME": "lo",

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from real_runs import Run
+from real_runs import Run, kill_all
 
 from swinv2_scale.signals import EXIT_CODE
 
@@ -90,6 +90,47 @@ def test_a_signal_to_one_rank_saves_once_and_the_run_goes_on(
     assert continued.losses() == whole.losses()
 
 
+@pytest.mark.parametrize(("meanwhile", "at"), [("saving", 4), ("evaluating", 6)])
+def test_a_signal_while_saving_or_evaluating_waits_for_its_end(
+    launch: Launch, shards: Path, meanwhile: str, at: int
+) -> None:
+    """The step is in the record before either begins: the signal comes right after."""
+
+    def strike(processes: list[int]) -> None:
+        time.sleep(0.1 * (meanwhile == "evaluating"))
+        os.kill(processes[1], signal.SIGTERM)
+
+    validation = f"data.validation={shards}/photographs/validation"
+    more = [validation, "evaluate_every=6", "evaluation_batch=1", "steps=100"]
+    started = {"ranks": 2, "launcher": "deepspeed"}
+    cut = launch("run", *settings(shards), *more, **started, at=(at, strike))
+    assert cut.returncode == EXIT_CODE, cut.output
+    stopped = max(cut.events("train"))
+    assert at < stopped <= at + 2
+    saved = [line["step"] for line in cut.record() if line["event"] == "checkpoint"]
+    assert saved == sorted({*range(4, stopped, 4), stopped})
+    assert sorted(cut.events("evaluation")) == ([6] if meanwhile == "evaluating" else [])
+    assert cut.events("end")[stopped]["reason"].startswith(f"Stopped: signalled at step {stopped}, saved")
+
+
+def test_moments_pass_from_world_to_world_and_stage_to_stage(launch: Launch, shards: Path) -> None:
+    """Two ranks under ZeRO 1, one under ZeRO 3, two under ZeRO 2: to rounding what two under ZeRO 1 do alone."""
+    average = "optim.ema_decay=0.9"
+    whole = launch("whole", *settings(shards), average, ranks=2)
+    attempts = [(2, "zero1", 5), (1, "zero3", 9), (2, "zero2", None)]
+    for number, (ranks, parallel, killed) in enumerate(attempts):
+        at = None if killed is None else (killed, kill_all)
+        run = launch("run", *settings(shards), average, f"parallel={parallel}", ranks=ranks, at=at)
+        assert f"at step {4 * number}" in run.output or number == 0, run.output
+    assert run.returncode == 0, run.output
+    assert run.losses() == pytest.approx(whole.losses(), rel=1e-5)
+    expected, found = whole.weights(), run.weights()
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        if name.startswith(("optimizer.exp_avg.", "ema.")) and value.norm() > 1e-6:
+            assert (found[name] - value).norm() < 0.01 * value.norm(), name
+
+
 @pytest.mark.parametrize("victim", ["rank", "worker"])
 def test_a_killed_process_ends_the_run_soon_and_the_rest_is_kept(launch: Launch, shards: Path, victim: str) -> None:
     struck: list[float] = []
@@ -107,7 +148,7 @@ def test_a_killed_process_ends_the_run_soon_and_the_rest_is_kept(launch: Launch,
     assert time.monotonic() - struck[0] < 60
     if victim == "worker":
         assert "DataLoader worker" in cut.output and "killed by signal" in cut.output
-    saved = max(cut.events("checkpoint"))
+    saved = int(max((cut.directory / "checkpoints").glob("step_*")).name.removeprefix("step_"))
     continued = launch("run", *settings(shards), f"steps={saved + 2}", "workers=1", ranks=2)
     assert continued.returncode == 0 and f"at step {saved}" in continued.output, continued.output
 

@@ -5,13 +5,15 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from threading import Event
 
 import pytest
 import torch
 
 import swinv2_scale.checkpoint as checkpoint_module
-from swinv2_scale.checkpoint import _publish, verify, weights_file
+from swinv2_scale.checkpoint import Saver, _publish, verify, weights_file
 from swinv2_scale.cli import main
+from swinv2_scale.optim import LossScale
 
 
 @pytest.fixture
@@ -66,21 +68,24 @@ def test_the_newest_are_kept_and_later_ones_which_must_be_damaged_are_not(tmp_pa
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000250"]
 
 
+class Trained:
+    """As much of an engine as a checkpoint needs."""
+
+    has_averages, updates, loss_scale = True, 7, LossScale(1.0, grows=False)
+
+    def parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        yield "w", torch.ones(3)
+
+    averages = parameters
+
+    def optimizer_state(self) -> Iterator[tuple[str, torch.Tensor]]:
+        yield "exp_avg.w", torch.ones(3)
+
+
 @pytest.mark.usefixtures("one_rank")
-@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors"])
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "ema.safetensors"])
 def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str) -> None:
     (tmp_path / "config.yaml").write_text("name: x\n")
-    gathered: list[str] = []
-
-    class Trained:
-        has_averages, updates = False, 0
-
-        def parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
-            yield "w", torch.ones(3)
-
-        def optimizer_state(self) -> Iterator[tuple[str, torch.Tensor]]:
-            gathered.append("all ranks take part")
-            yield "exp_avg.w", torch.ones(3)
 
     def save_file(tensors: dict, path: Path, metadata: dict) -> None:
         if path.name == file and "00000002" in str(path):
@@ -88,13 +93,35 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path: Path, monkeypatch:
         path.write_bytes(b"tensors")
 
     monkeypatch.setattr(checkpoint_module, "save_file", save_file)
-    common = {"state": {}, "metadata": {}, "keep": 1}
-    first = checkpoint_module.save(tmp_path, Trained(), step=1, **common)
-    with pytest.raises(OSError, match=r"step_00000002 could not be written: .*No space left"):
-        checkpoint_module.save(tmp_path, Trained(), step=2, **common)
-    assert len(gathered) == 2
-    assert verify(first) is None
+    saver = Saver(tmp_path, keep=1)
+    for step in (1, 2):
+        saver.save(Trained(), step=step, state={}, metadata={})
+    saver.wait()
+    first, second = saver.finished()
+    assert first.problem is None and verify(first.path) is None
+    assert second.path.name == "step_00000002" and "No space left" in str(second.problem)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000001"]
+    assert saver.finished() == []
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.yaml").write_text("name: x\n")
+    disk = Event()
+
+    def save_file(tensors: dict, path: Path, metadata: dict) -> None:
+        assert disk.wait(20)
+        path.write_bytes(b"tensors")
+
+    monkeypatch.setattr(checkpoint_module, "save_file", save_file)
+    saver = Saver(tmp_path, keep=1)
+    saver.save(Trained(), step=1, state={}, metadata={})  # comes back while the disk waits
+    assert saver.finished() == [] and not (tmp_path / "checkpoints/step_00000001").exists()
+    disk.set()
+    saver.save(Trained(), step=2, state={}, metadata={})  # waits for the first
+    assert [saved.step for saved in saver.finished()][:1] == [1]
+    saver.wait()
+    assert verify(tmp_path / "checkpoints/step_00000002") is None
 
 
 def test_what_a_path_means(checkpoint: Path, tmp_path: Path) -> None:

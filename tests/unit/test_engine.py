@@ -1,20 +1,30 @@
 """The engine in this process, as the only rank: types, states by name, gradients that are not finite."""
 
 import math
+import sys
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 import swinv2_scale
-from swinv2_scale.engine import Engine, build_engine, deepspeed_config
-from swinv2_scale.optim import Lamb, optimizer, parameter_groups
+from swinv2_scale.engine import Engine, build_engine, deepspeed_config, optimizer
+from swinv2_scale.optim import Lamb, LossScale, parameter_groups
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 DEPTHS = [1, 1, 2, 1]
+ADAM: dict[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-8}
 
 
 def engine(
-    stage: int, precision: str, accumulation: int = 2, *, name: str = "adamw", ema_decay: float | None = None
+    stage: int,
+    precision: str,
+    accumulation: int = 2,
+    *,
+    name: str = "adamw",
+    implementation: str = "auto",
+    ema_decay: float | None = None,
 ) -> Engine:
     torch.manual_seed(0)
     model = swinv2_scale.create_model(
@@ -32,7 +42,7 @@ def engine(
         overlap_comm=False,
     )
     groups = parameter_groups(model, DEPTHS, weight_decay=0.05, layer_decay=0.9)
-    make = optimizer(name, stage, betas=(0.9, 0.999), eps=1e-8)
+    make = optimizer(name, implementation=implementation, zero_stage=stage, **ADAM)
     return build_engine(model, groups, optimizer=make, precision=precision, ds_config=ds_config, ema_decay=ema_decay)
 
 
@@ -63,26 +73,28 @@ def test_master_weights_keep_what_bf16_would_round() -> None:
 def test_zero_stages_agree_in_bf16_also_where_parameters_are_float32() -> None:
     """The optimiser's first moment is the accumulated gradient: one rounded to bf16 would differ by 0.1 % and more."""
     states = []
-    for stage in (1, 2):
+    for stage in (1, 2, 3):
         built = engine(stage, "bf16")
         built.step(batches(0), loss, 1e-3)
         states.append(dict(built.optimizer_state()))
     for name, value in states[0].items():
-        assert (states[1][name] - value).norm() <= 1e-5 * value.norm(), name
+        for other in states[1:]:
+            assert (other[name] - value).norm() <= 1e-5 * value.norm(), name
 
 
-def test_states_by_name_restore_a_run_bit_for_bit() -> None:
+@pytest.mark.parametrize("later", [2, 3])
+def test_states_by_name_restore_a_run_bit_for_bit(later: int) -> None:
     first = engine(1, "bf16")
     for step in range(2):
         first.step(batches(step), loss, 1e-3)
     weights, states = dict(first.parameters()), dict(first.optimizer_state())
     expected = first.step(batches(2), loss, 1e-3).loss
-    second = engine(2, "bf16")
+    second = engine(later, "bf16")
     second.load(weights.__getitem__, states.__getitem__, step=2)
     assert torch.equal(second.step(batches(2), loss, 1e-3).loss, expected)
 
 
-STAGES = [(0, "fp32"), (1, "fp32"), (1, "bf16"), (2, "fp32"), (2, "bf16")]
+STAGES = [(0, "fp32"), *((stage, precision) for stage in (1, 2, 3) for precision in ("fp32", "bf16", "fp16"))]
 
 
 @pytest.mark.parametrize("factor", [math.nan, math.inf])
@@ -96,6 +108,7 @@ def test_gradients_that_are_not_finite_change_nothing(stage: int, precision: str
     assert not built.step(batches(1), lambda model, batch: loss(model, batch) * factor, 1e-3).applied
     assert built.gradient_norm() == norm
     undisturbed.step(batches(0), loss, 1e-3)
+    undisturbed.loss_scale.value = built.loss_scale.value  # which fp16 has halved
     assert torch.equal(built.step(batches(2), loss, 1e-3).loss, undisturbed.step(batches(2), loss, 1e-3).loss)
     assert built.updates == undisturbed.updates == 2
     expected = {**dict(undisturbed.parameters()), **dict(undisturbed.optimizer_state())}
@@ -148,7 +161,7 @@ def test_averages_follow_the_master_weights_and_are_restored(stage: int, precisi
     assert max(float((found[key] - expected[key]).abs().max()) for key in expected) < 1e-6
     assert not any(name.startswith("ema.") for name, _ in built.optimizer_state())
     states = {**dict(built.optimizer_state()), **{f"ema.{key}": value for key, value in found.items()}}
-    other = engine(2 if stage == 1 else stage, precision, ema_decay=0.5)
+    other = engine({0: 0, 1: 2, 2: 3, 3: 1}[stage], precision, ema_decay=0.5)
     other.load({k: v.clone() for k, v in built.parameters()}.__getitem__, states.__getitem__, step=built.updates)
     assert all(torch.equal(value, found[key]) for key, value in other.averages())
 
@@ -196,8 +209,126 @@ def test_lamb_takes_steps_of_the_weights_own_length() -> None:
     assert torch.allclose(bias, twin, atol=1e-6)
 
 
-def test_optimisers_that_cannot_be() -> None:
-    with pytest.raises(ValueError, match=r"optim.name=adam is not one of adamw, sgd, lamb"):
-        optimizer("adam", 1, betas=(0.9, 0.999), eps=1e-8)
-    with pytest.raises(ValueError, match="lamb needs whole parameters, which ZeRO divides: add parallel=zero0"):
-        optimizer("lamb", 1, betas=(0.9, 0.999), eps=1e-8)
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"name": "adam"}, r"optim.name=adam is not one of adamw, sgd, lamb"),
+        ({"name": "lamb"}, "lamb needs whole parameters, which ZeRO divides: add parallel=zero0"),
+        ({"implementation": "fused"}, "optim.implementation=fused is not one of auto, torch, apex, deepspeed"),
+        ({"implementation": "apex"}, "optim.implementation=apex: the package apex is not here, not NVIDIA's"),
+        ({"implementation": "apex", "zero_stage": 0}, r"apex is one of AdamW under ZeRO, not of adamw with .*stage=0"),
+        ({"implementation": "deepspeed", "name": "sgd"}, "deepspeed is one of AdamW under ZeRO, not of sgd"),
+    ],
+)
+def test_optimisers_that_cannot_be(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        optimizer(**{"name": "adamw", "implementation": "auto", "zero_stage": 1, **ADAM, **settings})
+
+
+class FusedAdam(torch.optim.AdamW):
+    """Takes NVIDIA's arguments and counts as it does, once for a whole group."""
+
+    def __init__(self, params: Any, lr: float, betas: tuple[float, float], eps: float, adam_w_mode: bool) -> None:
+        assert adam_w_mode
+        super().__init__(params, lr=lr, betas=betas, eps=eps)
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter in self.state:
+                    self.state[parameter]["step"] = torch.tensor(float(group.get("step", 0)))
+            group["step"] = group.get("step", 0) + 1
+        return super().step(closure)
+
+
+def test_nvidias_apex_is_known_by_what_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And PyPI's package of that name is not taken for it."""
+    monkeypatch.setitem(sys.modules, "apex", SimpleNamespace(__path__=[]))
+    with pytest.raises(ValueError, match="not NVIDIA's"):
+        engine(1, "fp32", implementation="apex")
+    monkeypatch.setitem(sys.modules, "apex.optimizers", SimpleNamespace(FusedAdam=FusedAdam))
+    with pytest.raises(ValueError, match="without its CUDA extensions"):
+        engine(1, "fp32", implementation="apex")
+    monkeypatch.setitem(sys.modules, "amp_C", SimpleNamespace())
+    nvidias, torchs = engine(1, "fp32", implementation="apex"), engine(1, "fp32")
+    assert nvidias.optimizer.endswith("FusedAdam") and torchs.optimizer == "torch.optim.adamw.AdamW, fused"
+    assert_same_steps(nvidias, torchs)
+    resumed = engine(1, "fp32", implementation="apex")
+    states = dict(torchs.optimizer_state())
+    resumed.load(dict(torchs.parameters()).__getitem__, states.__getitem__, step=torchs.updates)
+    assert_same_steps(resumed, torchs)
+
+
+@pytest.mark.long  # compiles for one to two minutes
+def test_deepspeeds_cpu_adam_is_torchs_adamw() -> None:
+    deepspeeds, torchs = engine(1, "fp32", implementation="deepspeed"), engine(1, "fp32")
+    assert "CPUAdam" in deepspeeds.optimizer
+    assert_same_steps(deepspeeds, torchs)
+    resumed = engine(1, "fp32", implementation="deepspeed")
+    states = dict(torchs.optimizer_state())
+    resumed.load(dict(torchs.parameters()).__getitem__, states.__getitem__, step=torchs.updates)
+    assert_same_steps(resumed, torchs)
+
+
+def assert_same_steps(first: Engine, second: Engine) -> None:
+    for step in range(4):
+        assert float(first.step(batches(step), loss, 1e-3).loss) == pytest.approx(
+            float(second.step(batches(step), loss, 1e-3).loss), rel=1e-5
+        )
+    expected = dict(second.parameters())
+    assert max(float((value - expected[name]).abs().max()) for name, value in first.parameters()) < 2e-5
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_fp16_halves_its_loss_scale_until_gradients_are_finite(stage: int) -> None:
+    built = engine(stage, "fp16")
+    assert built.model.head.weight.dtype == torch.float16 and built.loss_scale.value == 2.0**16
+    before = dict(built.parameters())
+
+    def steep(model, batch: dict) -> torch.Tensor:
+        return loss(model, batch) * 3000
+
+    results = [built.step(batches(0), steep, 1e-3) for _ in range(14)]
+    skipped = [result for result in results if not result.applied]
+    assert 0 < len(skipped) < 14 and all(result.rescaled and math.isfinite(result.loss) for result in skipped)
+    assert results[: len(skipped)] == skipped and built.updates == 14 - len(skipped)
+    assert built.loss_scale.value == 2.0 ** (16 - len(skipped))
+    assert any(not torch.equal(value, before[name]) for name, value in built.parameters())
+
+
+def test_fp16_trains_as_fp32_does() -> None:
+    """The gradients that the optimiser sees are free of the loss scale, and clipped as without one."""
+    half, single = engine(1, "fp16"), engine(1, "fp32")
+    for built in (half, single):
+        built.step(batches(0), loss, 1e-3)
+    assert half.gradient_norm() == pytest.approx(single.gradient_norm(), rel=0.01)
+    expected = dict(single.optimizer_state())
+    for name, value in half.optimizer_state():
+        if name.startswith("exp_avg.") and expected[name].norm() > 1e-6:
+            assert (value - expected[name]).norm() < 0.05 * expected[name].norm(), name
+
+
+def test_the_loss_scale_grows_again_and_is_restored() -> None:
+    scale = LossScale(2.0**16, grows=True)
+    assert [scale.after(step == 5) for step in range(5)] == [True] * 5
+    assert not any(scale.after(True) for _ in range(1999))
+    other = LossScale(2.0**16, grows=True)
+    other.state = scale.state
+    assert other.value == 2.0**11
+    other.after(True)
+    assert other.value == 2.0**12
+    plain = LossScale(1.0, grows=False)
+    plain.state = scale.state
+    assert not plain.after(False) and plain.value == 1.0 and plain.state == {}
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_one_rank_may_run_the_whole_model_and_training_goes_on(stage: int) -> None:
+    built, undisturbed = engine(stage, "bf16"), engine(stage, "bf16")
+    for step in range(3):
+        if step:
+            built.model.eval()
+            with built.whole_model(), torch.inference_mode():
+                outputs = [built.model(batches(9)[0]["image"]) for _ in range(2)]
+            assert torch.equal(*outputs)
+        assert torch.equal(built.step(batches(step), loss, 1e-3).loss, undisturbed.step(batches(step), loss, 1e-3).loss)

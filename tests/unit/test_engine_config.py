@@ -57,8 +57,8 @@ def test_impossible_batches_propose_values(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"zero_stage": 7}, "zero_stage must be 0, 1 or 2, got 7"),
-        ({"precision": "int8"}, "precision must be one of fp32, bf16, got 'int8'"),
+        ({"zero_stage": 7}, "zero_stage must be 0, 1, 2 or 3, got 7"),
+        ({"precision": "int8"}, "precision must be one of fp32, bf16, fp16, got 'int8'"),
         ({"zero_stage": 0}, "use parallel=zero1"),
         ({"micro_batch": 0}, "must be positive"),
     ],

@@ -113,3 +113,11 @@ def test_a_signal_stops_at_the_next_step(number: signal.Signals, monkeypatch: py
 def test_settings_that_cannot_work(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make(**changes)
+
+
+def test_a_loss_scale_that_is_still_sought_does_not_count() -> None:
+    told: list[Any] = []
+    guard = make(told)
+    assert [guard.after(step, torch.tensor(1.0), False, True) for step in range(9)] == [C] * 9
+    assert told[0] == (0, "gradients are too large for the loss scale, halved; skipped; loss by rank: 1")
+    assert [guard.after(step, torch.tensor(math.nan), False, True) for step in range(3)] == [C, C, A]
