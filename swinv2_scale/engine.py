@@ -230,7 +230,10 @@ class Engine:
         self._base = self._deepspeed.optimizer.optimizer if self._zero else self._deepspeed.optimizer
         self._ema_decay = ema_decay
         if self._zero:
-            self._deepspeed.optimizer.check_grad_overflow = True  # otherwise it applies what is not finite to bfloat16
+            # Otherwise DeepSpeed applies what is not finite to bfloat16. It would look for it in every gradient and again
+            # in their norm, which is enough.
+            self._deepspeed.optimizer.check_grad_overflow = True
+            self._deepspeed.optimizer.check_overflow = lambda **_: None
             self._deepspeed.optimizer.custom_loss_scaler = True
         else:
             self._base.register_step_pre_hook(self._examine)

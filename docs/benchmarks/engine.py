@@ -7,6 +7,7 @@ python docs/benchmarks/engine.py checkpoints   what training waits for while a c
 """
 
 import argparse
+import gc
 import os
 import statistics
 import tempfile
@@ -46,10 +47,15 @@ def build(size: str, *, stage: int = 1, layer_decay: float | None = None, make: 
         allgather_bucket_size=BUCKET,
         overlap_comm=False,
     )
-    groups = parameter_groups(model, model.depths, weight_decay=0.05, layer_decay=layer_decay)
+    groups = parameter_groups(model, depths(model), weight_decay=0.05, layer_decay=layer_decay)
     if make is None:
         make = optimizer("adamw", implementation="torch", zero_stage=stage, **ADAM)
     return build_engine(model, groups, optimizer=make, precision="bf16", ds_config=ds_config, **changes)
+
+
+def depths(model: Any) -> list[int]:
+    """Blocks per stage."""
+    return [len(layer.blocks) for layer in model.layers]
 
 
 def step(engine: Engine) -> Any:
@@ -74,7 +80,9 @@ def resident(peak: bool) -> int:
 
 
 def memory() -> dict[str, float]:
-    """Peak of the second and third step above what the process had before there was a model."""
+    """GiB: peak of the second and third step above what the process had before there was a model."""
+    step(build("debug"))  # libraries that are loaded at the first step
+    gc.collect()
     before = resident(peak=False)
     engine = build("b")
     step(engine)
@@ -136,7 +144,7 @@ def layer_decay() -> dict[str, float]:
     by_factor = build("b", make=partial(Factors, lr=0.0, **ADAM, fused=True))
     scales = {
         n: g["lr_scale"]
-        for g in parameter_groups(by_group.model, by_group.model.depths, weight_decay=0.05, layer_decay=0.9)
+        for g in parameter_groups(by_group.model, depths(by_group.model), weight_decay=0.05, layer_decay=0.9)
         for n in g["names"]
     }
     for parameter, name in by_factor._trainable():
