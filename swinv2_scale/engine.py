@@ -230,8 +230,8 @@ class Engine:
         self._base = self._deepspeed.optimizer.optimizer if self._zero else self._deepspeed.optimizer
         self._ema_decay = ema_decay
         if self._zero:
-            # Otherwise DeepSpeed applies what is not finite to bfloat16. It would look for it in every gradient and again
-            # in their norm, which is enough.
+            # Otherwise DeepSpeed applies what is not finite to bfloat16. It would look for it in every gradient, and
+            # again in their norm, which is enough.
             self._deepspeed.optimizer.check_grad_overflow = True
             self._deepspeed.optimizer.check_overflow = lambda **_: None
             self._deepspeed.optimizer.custom_loss_scaler = True

@@ -6,7 +6,7 @@ member: extension, offset and size in bytes of its data, name ("v1.1": without t
 
 import logging
 import tarfile
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
@@ -55,12 +55,16 @@ def read_idx(shard: Path, table: Path) -> np.ndarray:
     """int64 (samples,): where each sample's part of a shard begins, from the shard's .idx.
 
     An .idx tells where data begin, and headers before them may be of any length (PAX). So a sample begins where the
-    data of the one before it end; what else lies between them is skipped when the sample is read. Of the shard, the
-    header before the first and the last member's data is read, to see whether the .idx is this shard's.
+    data of the one before it end; what else lies between them is skipped when the sample is read. Files without an
+    extension (README) are no samples; a v1.1 table does not name them. Of the shard, the headers of each sample's first
+    and last member are read, to see whether the .idx is this shard's.
 
     Raises ValueError for a table that is malformed or not this shard's.
     """
-    remedy = f"write it again with wds2idx, or remove it, then the tar headers of {shard.name} are read"
+    remedy = (
+        f"remove it, then the tar headers of {shard.name} are read. To write it again does not help where GNU tar finds"
+        " the offsets and the shard has PAX headers, as webdataset writes them: they are wrong there"
+    )
     head, *lines = table.read_text(encoding="utf-8").splitlines() or [""]
     version, _, samples = head.partition(" ")
     if version not in _WORDS or samples.strip() != str(len(lines)):
@@ -80,8 +84,12 @@ def read_idx(shard: Path, table: Path) -> np.ndarray:
                     raise ValueError(f"no member can be at byte {offset}")
         except ValueError as error:
             raise ValueError(f"{table}, line {number}: {error}; {remedy}") from None
+        end = max(offset + -(-size // _TAR_BLOCK) * _TAR_BLOCK for offset, size in spans)
+        if step == 4 and all("." not in PurePosixPath(name).name for name in words[3::4]):
+            begins[-1] = end
+            continue
         members += [spans[0], spans[-1]]
-        begins.append(max(offset + -(-size // _TAR_BLOCK) * _TAR_BLOCK for offset, size in spans))
+        begins.append(end)
     with shard.open("rb") as file:
         for offset, size in members:
             file.seek(offset - _TAR_BLOCK)

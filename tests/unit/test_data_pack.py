@@ -1,9 +1,11 @@
 """Packing each published layout, in several processes, and going on after a kill; plain webdataset is the reference."""
 
 import io
+import itertools
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -526,7 +528,7 @@ def test_idx_files_that_are_not_of_the_shard(foreign):
 
     def refused(message: str, *changed: str) -> None:
         table.write_text("\n".join(changed) + "\n")
-        with pytest.raises(ValueError, match=message + r".*; write it again with wds2idx, or remove it"):
+        with pytest.raises(ValueError, match=message + r".*; remove it, then the tar headers of 0.tar are read"):
             index(foreign)
         assert not (foreign / "manifest.json").exists()
 
@@ -560,3 +562,41 @@ def test_shards_are_written_without_a_second_look_at_finished_ones(tmp_path):
     write_shards(items, tmp_path, **settings)
     assert contents(tmp_path) == expected
     assert (tmp_path / whole.shards[2].name).stat().st_ino == before
+
+
+def gnu_idx(tar: Path) -> None:
+    """The index that wds2idx writes where it asks GNU tar for the offsets, which it does by default."""
+    listing = ["tar", "--list", "--block-number", "--verbose", "--file", str(tar)]
+    lines = subprocess.run(listing, check=True, capture_output=True, text=True).stdout.splitlines()
+    samples: list[tuple[str, list[str]]] = []
+    for line, following in itertools.pairwise(lines):
+        size, name = int(line.split()[4]), line.split()[7]
+        offset = (int(following.split()[1].rstrip(":")) * 512 - size) // 512 * 512
+        dot = name.find(".", name.rfind("/") + 1)
+        if not samples or samples[-1][0] != name[:dot]:
+            samples.append((name[:dot], []))
+        samples[-1][1].append(f"{name[dot + 1 :]} {offset} {size} {name}")
+    rows = [f"v1.2 {len(samples)}", *(" ".join(words) for _, words in samples)]
+    tar.with_suffix(".idx").write_text("\n".join(rows) + "\n")
+
+
+@pytest.mark.skipif(shutil.which("tar") is None, reason="GNU tar is not here")
+def test_idx_files_with_gnu_tars_offsets(tmp_path):
+    """Right without PAX headers; wrong with them, which is noticed; a README is no sample."""
+    with tarfile.open(tmp_path / "0.tar", "w", format=tarfile.USTAR_FORMAT) as archive:
+        for name in ("README", "a.jpg", "a.cls", "LICENSE", "b.jpg", "b.cls"):
+            info = tarfile.TarInfo(name)
+            info.size = 3
+            archive.addfile(info, io.BytesIO(b"abc"))
+    gnu_idx(tmp_path / "0.tar")
+    found = samples(index(tmp_path))
+    assert found == [(key, {"jpg": b"abc", "cls": b"abc"}) for key in ("a", "b")]
+    (tmp_path / "manifest.json").unlink()
+    with webdataset.TarWriter(str(tmp_path / "1.tar"), mtime=0.5) as writer:  # a time with a fraction: PAX headers
+        for number in range(3):
+            writer.write({"__key__": f"k{number}", "jpg": bytes(700), "cls": b"1"})
+    gnu_idx(tmp_path / "1.tar")
+    with pytest.raises(ValueError, match=r"1.idx is not of 1.tar, .*; remove it, .*does not help where GNU tar"):
+        index(tmp_path)
+    (tmp_path / "1.idx").unlink()
+    assert len(index(tmp_path)) == 5
