@@ -50,12 +50,14 @@ class Saved(NamedTuple):
 class Saver:
     """Writes the checkpoints of a run, one at a time, in a thread of rank 0 while training goes on.
 
-    A checkpoint and keep - 1 older ones are kept. One that cannot be written (a full disk) leaves those that were there
-    untouched.
+    The newest `keep` are kept, and those whose step is a multiple of keep_every (0: none). One that cannot be written (a
+    full disk) leaves those that were there untouched.
     """
 
-    def __init__(self, run_dir: Path, keep: int) -> None:
-        self._run_dir, self._keep = run_dir, keep
+    def __init__(self, run_dir: Path, keep: int, keep_every: int = 0) -> None:
+        if keep < 1 or keep_every < 0:
+            raise ValueError(f"keep_checkpoints={keep} must be 1 or more, and keep_every={keep_every} 0 or more")
+        self._run_dir, self._keep, self._keep_every = run_dir, keep, keep_every
         self._thread: Thread | None = None
         self._finished: SimpleQueue[Saved] = SimpleQueue()
 
@@ -99,7 +101,7 @@ class Saver:
                 save_file(values, temporary / f"{name}.safetensors", header)
             (temporary / "state.json").write_text(json.dumps(state, indent=1))
             shutil.copy(self._run_dir / "config.yaml", temporary)
-            _publish(temporary, target, self._keep)
+            _publish(temporary, target, self._keep, self._keep_every)
         except (OSError, SafetensorError) as error:
             problem = str(error)
             shutil.rmtree(temporary, ignore_errors=True)
@@ -115,7 +117,7 @@ def _on_rank_0(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
     return kept
 
 
-def _publish(temporary: Path, target: Path, keep: int) -> None:
+def _publish(temporary: Path, target: Path, keep: int, keep_every: int = 0) -> None:
     """Seal a written checkpoint with its hashes, give it its name, and remove what is no longer to be kept."""
     files = sorted(temporary.iterdir())
     manifest = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in files}
@@ -128,7 +130,8 @@ def _publish(temporary: Path, target: Path, keep: int) -> None:
     _flush(target.parent)
     others = [path for path in _newest_first(target.parents[1]) if path != target]
     later = [path for path in others if path > target]  # damaged too, for the same reason
-    for path in later + [path for path in others if path < target][keep - 1 :]:
+    older = [path for path in others if path < target][keep - 1 :]
+    for path in later + [path for path in older if not keep_every or _step(path) % keep_every]:
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -221,6 +224,10 @@ def checkpoints(path: Path) -> list[Path]:
 
 def _newest_first(run_dir: Path) -> list[Path]:
     return sorted((run_dir / FOLDER).glob("step_*"), reverse=True)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
 
 
 def _flush(path: Path) -> None:

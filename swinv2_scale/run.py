@@ -99,7 +99,7 @@ def training(cfg: Any) -> None:
         task.check_classes(data.classes, manifest.classes, highest_label=manifest.highest_label)
     limits = {"stall_minutes": cfg.stall_minutes, "timeout_minutes": cfg.timeout_minutes}
     heartbeat = Heartbeat(run_dir, distributed.rank(), **limits)
-    saver = checkpoint.Saver(run_dir, cfg.keep_checkpoints)
+    saver = checkpoint.Saver(run_dir, keep=cfg.keep_checkpoints, keep_every=cfg.keep_every)
     run = Run(cfg, run_dir, task, model, engine, saver, guard, heartbeat, telemetry, identity, data.classes, held_out)
     # 5  the loop
     telemetry.start(

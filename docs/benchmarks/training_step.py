@@ -35,7 +35,8 @@ def build(library: str, image: int, window: int) -> Callable[[torch.Tensor], tor
 
         model: nn.Module = swinv2_scale.create_model("t", image_size=image, window_size=window, num_classes=CLASSES)
         activations = "recompute" if library.endswith("block") else "keep"
-        memory.apply(model, activations=activations, attention="auto")
+        policy = {"stages": None, "every": 1, "attention_stages": None, "mlp_tokens": 0}
+        memory.apply(model, activations=activations, attention="auto", **policy)
     elif library == "timm":
         from timm.models.swin_transformer_v2 import SwinTransformerV2
 

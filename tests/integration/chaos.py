@@ -9,6 +9,7 @@ held. A full disk is a small tmpfs, and is dealt only where this process may mou
 """
 
 import argparse
+import contextlib
 import os
 import random
 import shutil
@@ -131,7 +132,8 @@ class Chaos:
                 if full and self.disk:
                     _fill(self.disk)
                 time.sleep(late)
-                BLOWS[name](ranks, dice)
+                with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has just ended by itself
+                    BLOWS[name](ranks, dice)
 
             started = time.monotonic()
             found = self.attempt(directory, strike, at)

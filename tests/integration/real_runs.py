@@ -96,8 +96,11 @@ def await_step(record: Path, begin: int, step: int, process: subprocess.Popen[st
 
 
 def descendants(process: int) -> list[int]:
-    """Process numbers of a process and all below it; torchrun's ranks are in sessions of their own."""
-    children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    """Process numbers of a process and all below it, as far as they still are; torchrun's ranks lead sessions."""
+    try:
+        children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    except OSError:
+        return []
     return [process, *(below for child in children for below in descendants(int(child)))]
 
 
@@ -117,7 +120,8 @@ def kill_all(ranks: list[int]) -> None:
     """Every rank at once, as when a machine loses power; the launchers end by themselves."""
     for rank in ranks:
         for process in descendants(rank):
-            os.kill(process, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
 
 
 def run(

@@ -26,7 +26,8 @@ def build(stage: int, precision: str) -> Engine:
     model = swinv2_scale.create_model(
         "debug", embed_dim=16, depths=DEPTHS, num_heads=[1, 2, 2, 4], image_size=64, window_size=4, num_classes=5
     )
-    memory.apply(model, activations="recompute", attention="auto")
+    policy = {"stages": None, "every": 1, "attention": "auto", "attention_stages": None, "mlp_tokens": 0}
+    memory.apply(model, activations="recompute", **policy)
     ds_config = deepspeed_config(
         global_batch=8,
         micro_batch=2,

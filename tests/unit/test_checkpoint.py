@@ -50,11 +50,11 @@ def test_damage_is_found_and_named(checkpoint: Path, damage: Callable[[Path], ob
     assert re.search(message, problem), problem
 
 
-def seal(run_dir: Path, step: int, keep: int) -> None:
+def seal(run_dir: Path, step: int, keep: int, keep_every: int = 0) -> None:
     partial = run_dir / f"checkpoints/.step_{step:08d}.partial"
     partial.mkdir(parents=True)
     (partial / "model.safetensors").write_bytes(b"weights")
-    _publish(partial, run_dir / f"checkpoints/step_{step:08d}", keep)
+    _publish(partial, run_dir / f"checkpoints/step_{step:08d}", keep, keep_every)
 
 
 def test_the_newest_are_kept_and_later_ones_which_must_be_damaged_are_not(tmp_path: Path) -> None:
@@ -66,6 +66,15 @@ def test_the_newest_are_kept_and_later_ones_which_must_be_damaged_are_not(tmp_pa
     (tmp_path / "checkpoints/step_00000300/COMPLETE").unlink()  # the run continues at 200 and saves 250
     seal(tmp_path, 250, keep=1)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000250"]
+
+
+def test_every_so_many_steps_one_is_kept_for_good(tmp_path: Path) -> None:
+    for step in range(100, 800, 100):
+        seal(tmp_path, step, keep=2, keep_every=300)
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == [f"step_{step:08d}" for step in (300, 600, 700)]
+    with pytest.raises(ValueError, match="keep_checkpoints=0 must be 1 or more, and keep_every=-1 0 or more"):
+        Saver(tmp_path, keep=0, keep_every=-1)
 
 
 class Trained:

@@ -113,7 +113,8 @@ def test_another_size_and_opset_and_no_head(tmp_path: Path, capsys) -> None:
 
 def test_a_copy_for_export_has_no_policies_and_shares_the_weights() -> None:
     model = trained(**PLAIN)
-    memory.apply(model, activations="recompute", attention="sequential")
+    policy = {"stages": None, "every": 1, "attention_stages": None, "mlp_tokens": 0}
+    memory.apply(model, activations="recompute", attention="sequential", **policy)
     model.train()
     twin = frozen(model, (64, 64))
     assert not twin.training and model.training
