@@ -50,8 +50,8 @@ class Saved(NamedTuple):
 class Saver:
     """Writes the checkpoints of a run, one at a time, in a thread of rank 0 while training goes on.
 
-    The newest `keep` are kept, and those whose step is a multiple of keep_every (0: none). One that cannot be written (a
-    full disk) leaves those that were there untouched.
+    The newest `keep` are kept, and those whose step is a multiple of keep_every (0: none). One that cannot be written
+    (a full disk) leaves those that were there untouched.
     """
 
     def __init__(self, run_dir: Path, keep: int, keep_every: int = 0) -> None:
