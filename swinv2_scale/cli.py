@@ -354,13 +354,37 @@ def _add_doctor(commands: Any) -> None:
     doctor.add_argument("--quick", action="store_true", help="a short self-check of the kernel, and no timing")
     doctor.add_argument("--json", action="store_true", help="print one JSON object")
     doctor.add_argument("--device", choices=("cpu", "cuda"), help="whose kernel is checked; default: that of training")
+    hosts = doctor.add_argument_group("hosts of a run", "started as the run is, by srun, torchrun or deepspeed")
+    hosts.add_argument("--distributed", action="store_true", help="examine every rank's host; 1 if any is suspect")
+    hosts.add_argument("--run-dir", type=Path, help="a directory to write to and read from")
+    hosts.add_argument("--data", help="shards to read a sample of")
+    hosts.add_argument("--factor", type=float, default=3.0, help="slow: so many times the median; default %(default)s")
+    hosts.add_argument("--suspects", type=Path, help="a file that the names of suspect hosts are added to")
+    hosts.add_argument("--timeout-minutes", type=float, default=5.0, help="that a rank is waited for")
     doctor.set_defaults(run=_doctor)
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
+    if arguments.distributed:
+        return _preflight(arguments)
     from swinv2_scale.doctor import doctor
 
     return doctor(arguments.device, quick=arguments.quick, as_json=arguments.json)
+
+
+def _preflight(arguments: argparse.Namespace) -> int:
+    from swinv2_scale import distributed
+    from swinv2_scale.preflight import preflight
+
+    with distributed.process_group(arguments.timeout_minutes):
+        code = preflight(
+            arguments.run_dir,
+            arguments.data,
+            factor=arguments.factor,
+            suspects=arguments.suspects,
+            as_json=arguments.json,
+        )
+    distributed.end_process(code)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,8 @@ LAYERS = {
     "swinv2_scale.export": 3,
     "swinv2_scale.embed": 3,
     "swinv2_scale.doctor": 3,
+    "swinv2_scale.planner": 3,
+    "swinv2_scale.preflight": 3,
     "swinv2_scale.train": 4,
     "swinv2_scale.tasks": 5,
     "swinv2_scale.run": 5,
