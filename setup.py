@@ -197,7 +197,9 @@ setup(
         "embed": embed,
         "export": export,
         "s3": s3,
+        "tensorboard": ["tensorboard>=2.16"],
         "test": [
+            "tensorboard>=2.16",
             "pytest>=8",
             "hypothesis>=6.100",
             "moto[server]>=5",

@@ -22,6 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_checkpoint(commands)
     _add_embed(commands)
     _add_report(commands)
+    _add_log(commands)
     _add_doctor(commands)
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -346,6 +347,25 @@ def _report(arguments: argparse.Namespace) -> int:
     for run_dir in arguments.run_dir:
         write_report(run_dir)
         print(headline(run_dir))
+    return 0
+
+
+def _add_log(commands: Any) -> None:
+    log = commands.add_parser("log", help="bring the record of a run to wandb")
+    actions = log.add_subparsers(metavar="ACTION", required=True)
+    upload = actions.add_parser("upload", help="replay metrics.jsonl and pictures into one wandb run")
+    upload.add_argument("run_dir", type=Path, nargs="+")
+    upload.add_argument("--project", default="swinv2-scale")
+    upload.add_argument("--offline", action="store_true", help="write RUN_DIR/wandb only, for `wandb sync`")
+    upload.set_defaults(run=_log_upload)
+
+
+def _log_upload(arguments: argparse.Namespace) -> int:
+    from swinv2_scale.telemetry import upload
+
+    for run_dir in arguments.run_dir:
+        lines = upload(run_dir, mode="offline" if arguments.offline else "online", project=arguments.project)
+        print(f"{run_dir}: {lines} lines")
     return 0
 
 

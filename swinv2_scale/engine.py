@@ -292,6 +292,11 @@ class Engine:
             if self._clip:
                 nn.utils.clip_grads_with_norm_(parameters, self._clip, norm)
 
+    def state(self) -> dict[str, float | None]:
+        """What a record should say of a step: gradient norm, weight decay, loss scale. Waits for the device."""
+        decay = max(group["weight_decay"] for group in self._base.param_groups)
+        return {"gradient_norm": self.gradient_norm(), "weight_decay": decay, "loss_scale": self.loss_scale.value}
+
     @property
     def optimizer(self) -> str:
         """Which optimiser it is, such as torch.optim.adamw.AdamW, fused."""

@@ -27,15 +27,21 @@ Series = dict[int, float]  # step -> value
 
 _COLUMNS = 300  # pixel columns of a chart; each keeps its lowest and its highest value
 _LISTED = 200  # unreadable samples named on the page
-_NOT_METRICS = {"step", "time", "epoch", "samples", "seconds"}
+_NOT_METRICS = {"step", "time", "epoch", "samples", "seconds", "model_teraflops", "data_wait_max"}
 _SHARE = re.compile(r"top\d+|accuracy")  # held-out metrics in 0..1, shown in per cent
 _CHARTS = {  # key of a train line -> section, title with unit, factor to that unit
     "learning_rate": ("Optimisation", "Learning rate", 1),
     "gradient_norm": ("Optimisation", "Gradient norm", 1),
     "images_per_second": ("Speed", "Throughput (images/s)", 1),
+    "utilisation": ("Speed", "Utilisation (% of the rate of matrix products)", 100),
     "data_wait": ("Speed", "Waiting for data (% of the time)", 100),
     "step_seconds": ("Speed", "Time of a step (s)", 1),
     "memory_gigabytes": ("Speed", "Memory (GB)", 1),
+}
+_BLOCK_CHARTS = {  # key of a blocks line -> title
+    "amplitude": "Amplitude of each block's output, by depth (root mean square)",
+    "logit_scale_mean": "Logit scale of each block, by depth (mean over heads)",
+    "logit_scale_max": "Logit scale of each block, by depth (largest head)",
 }
 _CAPTIONS = {"reconstructions": "Each picture is a triptych: original | masked | reconstruction."}
 
@@ -50,6 +56,7 @@ class _Record:
     starts: list[dict[str, Any]] = field(default_factory=list)
     train: dict[str, Series] = field(default_factory=dict)
     held_out: dict[str, Series] = field(default_factory=dict)
+    blocks: dict[int, dict[str, Any]] = field(default_factory=dict)  # step -> a list for each kind of number
     pictures: dict[str, dict[str, Any]] = field(default_factory=dict)
     corrupt: Counter[str] = field(default_factory=Counter)
     state: str = "running or interrupted"
@@ -119,6 +126,8 @@ def _read(run_dir: Path) -> _Record:
         elif event in ("train", "evaluation"):
             record.add_numbers(line, first_of_attempt)
             first_of_attempt = False
+        elif event == "blocks":
+            record.blocks[line["step"]] = line
         elif event == "pictures":
             record.pictures[str(line.get("name"))] = line
         elif event == "corrupt":
@@ -247,13 +256,21 @@ def _axis(values: list[float], zero: bool) -> tuple[float, float, list[float], b
 
 
 def _chart(
-    record: _Record, title: str, lines: list[tuple[str, str, Series]], zero: bool = False, wide: bool = False
+    record: _Record,
+    title: str,
+    lines: list[tuple[str, str, Series]],
+    zero: bool = False,
+    wide: bool = False,
+    blocks: bool = False,
 ) -> str:
-    """A figure of several lines (label, CSS classes, points); "dots" among the classes marks every point."""
+    """A figure of several lines (label, CSS classes, points); "dots" among the classes marks every point.
+
+    The horizontal axis is that of steps, or with `blocks` of the blocks of the model.
+    """
     drawn = [(label, css, thin) for label, css, points in lines if (thin := _thin(points))]
     if not drawn:
         return ""
-    start, stop = record.steps()
+    start, stop = (1, max(lines[0][2])) if blocks else record.steps()
     stop = max(stop, start + 1)
     low, high, ticks, log = _axis([value for _, _, points in drawn for _, value in points], zero)
 
@@ -263,7 +280,7 @@ def _chart(
     def y(value: float) -> float:  # of the axis: an exponent if it is logarithmic
         return round(100 * (high - value) / (high - low), 2)
 
-    curves, readout = "", f"<span>step <b>{drawn[0][2][-1][0]:,}</b></span>"
+    curves, readout = "", f"<span>{'block' if blocks else 'step'} <b>{drawn[0][2][-1][0]:,}</b></span>"
     for label, css, points in drawn:
         places = [(x(step), y(math.log10(value) if log else value)) for step, value in points]
         curves += f'<polyline class="{css}" points="{" ".join(f"{a:g},{b:g}" for a, b in places)}"/>'
@@ -271,7 +288,7 @@ def _chart(
             curves += f'<path class="dot {css}" d="{"".join(f"M{a:g} {b:g}h0" for a, b in places)}"/>'
         data, last = " ".join(f"{step}:{_number(value)}" for step, value in points), _number(points[-1][1])
         readout += f'<span class="{css}" data-points="{data}">{escape(label)} <b>{last}</b></span>'
-    marks = "".join(f"M{x(at):g} 0V100" for at in record.resumes() if start <= at <= stop)
+    marks = "".join(f"M{x(at):g} 0V100" for at in record.resumes() if start <= at <= stop and not blocks)
     grid = "".join(f"M0 {y(tick):g}H1000" for tick in ticks)
     labels = "".join(f'<i class="y" style="top:{y(t):g}%">{_short(10.0**t if log else t)}</i>' for t in ticks)
     labels += "".join(
@@ -309,9 +326,26 @@ def _curves(record: _Record) -> str:
             lines += [("held-out", "b dots", {step: factor * value for step, value in record.held_out[key].items()})]
         if points:
             sections[section].append(_chart(record, title, lines, zero=key in _CHARTS, wide=key == "loss"))
+    sections["Stability"] = _stability(record)
     html = "".join(f'<h2>{name}</h2><div class="charts">{"".join(c)}</div>' for name, c in sections.items() if any(c))
     resumed = " Dashed lines: the run was resumed." if record.resumes() else ""
     return html and f'{html}<p class="muted">Horizontal axes: optimiser step.{resumed}</p>'
+
+
+def _stability(record: _Record) -> list[str]:
+    """Amplitude and logit scales over depth, at the beginning, in the middle and at the end: one line each."""
+    steps = sorted(record.blocks)
+    chosen = list(dict.fromkeys(steps[at] for at in (0, len(steps) // 2, -1))) if steps else []
+    charts = []
+    for kind, title in _BLOCK_CHARTS.items():
+        lines = []
+        for css, step in zip("bca", chosen, strict=False):
+            values = record.blocks[step].get(kind) or []
+            points = {number: value for number, value in enumerate(values, start=1) if value is not None}
+            lines.append((f"step {step:,}", f"{css} dots", points))
+        if any(points for *_, points in lines):
+            charts.append(_chart(record, title, [line for line in lines if line[2]], zero=True, blocks=True))
+    return charts
 
 
 def _cards(record: _Record) -> str:

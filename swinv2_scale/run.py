@@ -23,11 +23,13 @@ from swinv2_scale.data.mixture import Mixture, open_mixture
 from swinv2_scale.data.order import Order
 from swinv2_scale.data.sources import Reader
 from swinv2_scale.data.stream import Batch, Stream, evaluation_stream, training_stream
-from swinv2_scale.engine import Engine, build_engine, cast, deepspeed_config, optimizer
+from swinv2_scale.engine import PRECISIONS, Engine, build_engine, cast, deepspeed_config, optimizer
 from swinv2_scale.guard import Guard
 from swinv2_scale.heartbeat import Heartbeat
-from swinv2_scale.models import memory
+from swinv2_scale.models import accounting, memory
 from swinv2_scale.models.convert import describe, load_checkpoint
+from swinv2_scale.models.probe import BlockProbe
+from swinv2_scale.models.swin_v2 import PATCH
 from swinv2_scale.ops import native, selfcheck
 from swinv2_scale.optim import Schedule, parameter_groups
 from swinv2_scale.telemetry import RECORD, Telemetry
@@ -91,7 +93,7 @@ def training(cfg: Any) -> None:
     identity |= {"optim.name": cfg.optim.name, "optim.ema_decay": cfg.optim.ema_decay}
     identity |= {f"model.{key}": value for key, value in config.plain(cfg.model).items()}
     guard = Guard(**cfg.guard, tell=telemetry.skipped)
-    model, engine, start = open_model(cfg, task, run_dir, identity, guard, telemetry)
+    model, engine, probe, start = open_model(cfg, task, run_dir, identity, guard, telemetry)
     # 4  the streams of samples
     stream = open_stream(cfg, task, data, order, start, steps)
     held_out = open_held_out(cfg, task)
@@ -102,8 +104,12 @@ def training(cfg: Any) -> None:
     saver = checkpoint.Saver(run_dir, keep=cfg.keep_checkpoints, keep_every=cfg.keep_every)
     run = Run(cfg, run_dir, task, model, engine, saver, guard, heartbeat, telemetry, identity, data.classes, held_out)
     # 5  the loop
+    rate = accounting.matmul_rate(distributed.device(), PRECISIONS[cfg.precision])
+    rows, columns = (size * PATCH for size in task.backbone(model).absolute_grid)
     telemetry.start(
         start,
+        flops_per_image=3 * sum(accounting.forward_flops(task.backbone(model), rows, columns).values()),
+        flops_of_matmul=distributed.sum_over_ranks({"rate": rate})["rate"],
         world_size=distributed.world_size(),
         device=distributed.device().type,
         precision=cfg.precision,
@@ -117,7 +123,7 @@ def training(cfg: Any) -> None:
         if start == 0 and cfg.evaluate_first:
             run.look(0)
             telemetry.resume_clock()
-        watch: dict[str, Any] = {"guard": guard, "heartbeat": heartbeat}
+        watch: dict[str, Any] = {"guard": guard, "heartbeat": heartbeat, "probe": probe}
         hooks: dict[str, Any] = {"look": run.look, "save": run.save, "saved": run.saved, "roll_back": run.roll_back}
         train(engine, task, stream, schedule, telemetry, start=start, stop=steps, **watch, **hooks, **intervals)
     except BaseException as error:  # Ctrl-C too
@@ -202,8 +208,8 @@ class Run:
 
 def open_model(
     cfg: Any, task: Task, run_dir: Path, identity: dict[str, Any], guard: Guard, telemetry: Telemetry
-) -> tuple[nn.Module, Engine, int]:
-    """The model, the engine that trains it, and the steps that it has been trained for."""
+) -> tuple[nn.Module, Engine, BlockProbe, int]:
+    """The model, the engine that trains it, what looks into it, and the steps that it has been trained for."""
     # 1  the optimiser, and what DeepSpeed is told; impossible batches end here
     settings = {"zero_stage": cfg.parallel.zero_stage, "betas": tuple(cfg.optim.betas), "eps": cfg.optim.eps}
     make = optimizer(cfg.optim.name, implementation=cfg.optim.implementation, **settings)
@@ -223,6 +229,7 @@ def open_model(
         load_checkpoint(model, start_weights(cfg.checkpoint))
     # 3  memory policy, parameter groups, engine
     memory.apply(model, **cfg.memory)
+    probe = BlockProbe(task.backbone(model))
     optim = cfg.optim
     groups = parameter_groups(model, cfg.model.depths, weight_decay=optim.weight_decay, layer_decay=optim.layer_decay)
     engine = build_engine(
@@ -244,7 +251,7 @@ def open_model(
         (run_dir / "error.txt").unlink(missing_ok=True)
         config.write_copy(cfg, run_dir)
         (run_dir / "deepspeed.json").write_text(json.dumps(ds_config, indent=1) + "\n")
-    return model, engine, start
+    return model, engine, probe, start
 
 
 def check_kernel(attention: str) -> None:

@@ -1,4 +1,5 @@
-"""Records of a run: metrics.jsonl is the record; console and wandb are views of it. Only this module imports wandb.
+"""Records of a run: metrics.jsonl is the record; console, wandb and TensorBoard are views of it. Only this module
+imports wandb and tensorboard.
 
 Every rank holds a Telemetry, and calls it alike; rank 0's writes. An event is one JSON line with "event", "step" and
 "time" (unix seconds); `swinv2_scale.report` reads them.
@@ -10,11 +11,12 @@ import math
 import os
 import secrets
 import sys
-import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from queue import Full, Queue
+from threading import Thread
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -28,7 +30,9 @@ from swinv2_scale.data.sources import COUNTERS
 from swinv2_scale.data.stream import Batch
 
 RECORD = "metrics.jsonl"
-WANDB_SECONDS = 60  # that the end of a run waits for wandb
+SINK_SECONDS = 60  # that the end of a run waits for wandb and TensorBoard together
+SINK_LINES = 1000  # that may wait for them
+PICTURES = 16  # of one collection, that they are given
 
 
 class Picture(NamedTuple):
@@ -40,8 +44,9 @@ class Picture(NamedTuple):
 
 
 class Telemetry:
-    """Writes what happens in a run to run_dir/metrics.jsonl, the console, and wandb (mode offline, online or disabled).
+    """Writes what happens in a run to run_dir/metrics.jsonl and the console; perhaps to wandb and TensorBoard.
 
+    wandb is offline, online or disabled; its project is `project`. tensorboard: whether run_dir/tensorboard is written.
     total_steps, steps_per_epoch and images_per_step turn steps into time left, epochs, and images per second.
     """
 
@@ -55,6 +60,7 @@ class Telemetry:
         images_per_step: int,
         wandb: str,
         project: str,
+        tensorboard: bool,
         config: dict[str, Any],
     ) -> None:
         if wandb not in ("offline", "online", "disabled"):
@@ -72,12 +78,16 @@ class Telemetry:
         self.attempt = 0
         self._begin = self._last = time.monotonic()
         self._file = None
-        self._wandb = None
+        self._flops_per_image = self._flops_of_matmul = 0.0
+        self._sinks: list[Sink] = []
         self._progress: Progress | None = None
         if self.writes:
             self.attempt = _close_last_line(run_dir / RECORD)
             self._file = (run_dir / RECORD).open("a")
-            self._wandb = _open_wandb(run_dir, name, wandb, project, config, self.say)
+            if wandb != "disabled":
+                self._sinks.append(Sink("wandb", lambda: _Wandb(run_dir, name, wandb, project, config), self.say))
+            if tensorboard:
+                self._sinks.append(Sink("TensorBoard", lambda: _TensorBoard(run_dir), self.say))
             if sys.stdout.isatty():
                 columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
                 self._progress = Progress(*columns, console=self.console)
@@ -93,16 +103,22 @@ class Telemetry:
         if self._file is None:
             return
         self._step = step
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        finite = {key: _finite(value) for key, value in values.items()}
         self._file.write(json.dumps({"event": event, "step": step, "time": time.time(), **finite}) + "\n")
         self._file.flush()
-        self._to_wandb(
-            {f"{event}/{key}": value for key, value in finite.items() if isinstance(value, (int, float))}, step
-        )
+        numbers = {f"{event}/{key}": value for key, value in finite.items() if isinstance(value, (int, float))}
+        for sink in self._sinks if numbers else ():
+            sink(lambda view: view.numbers(numbers, step))
 
-    def start(self, step: int, **facts: Any) -> None:
-        """The run, or its continuation, begins at `step`."""
-        self.event("start", step, attempt=self.attempt, **facts)
+    def start(self, step: int, flops_per_image: float = 0.0, flops_of_matmul: float = 0.0, **facts: Any) -> None:
+        """The run, or its continuation, begins at `step`.
+
+        flops_per_image: of a training step; flops_of_matmul: per second, of matrix products on all ranks together; 0:
+        not known.
+        """
+        self._flops_per_image, self._flops_of_matmul = flops_per_image, flops_of_matmul
+        rates = {"flops_per_image": flops_per_image, "flops_of_matmul": flops_of_matmul}
+        self.event("start", step, attempt=self.attempt, **rates, **facts)
         self._last = time.monotonic()
 
     def timed(self, stream: Iterable[Batch]) -> Iterator[Batch]:
@@ -133,15 +149,18 @@ class Telemetry:
         elapsed, steps = time.monotonic() - self._last, self._steps
         own = {"loss": float(torch.stack(self._losses).mean()) if self._losses else math.nan, "waited": self._waited}
         mean = {k: total / distributed.world_size() for k, total in distributed.sum_over_ranks(own).items()}
+        images = self.images_per_step * steps / elapsed
         record = {
             "epoch": step / self.steps_per_epoch,
             "loss": mean["loss"],
             "skipped": steps - len(self._losses),
             **values,
-            "images_per_second": self.images_per_step * steps / elapsed,
+            "images_per_second": images,
+            "model_teraflops": images * self._flops_per_image / 1e12,
+            "utilisation": images * self._flops_per_image / self._flops_of_matmul if self._flops_of_matmul else None,
             "step_seconds": elapsed / steps,
             "data_wait": mean["waited"] / elapsed,
-            **distributed.max_over_ranks({"memory_gigabytes": _peak_memory()}),
+            **distributed.max_over_ranks({"memory_gigabytes": _peak_memory(), "data_wait_max": self._waited / elapsed}),
             **distributed.sum_over_ranks({name: self._reads[name] for name in COUNTERS}),
         }
         self.event("train", step, **record)
@@ -149,6 +168,11 @@ class Telemetry:
         self.replaced(step, self._replaced)
         self._steps, self._losses, self._waited, self._replaced, self._reads = 0, [], 0.0, [], Counter()
         self._last = time.monotonic()
+
+    def blocks(self, step: int, kinds: dict[str, list[float]]) -> None:
+        """Record numbers of each block, by kind; see BlockProbe."""
+        if kinds:
+            self.event("blocks", step, **kinds, amplitude_max=max(kinds["amplitude"]))
 
     def replaced(self, step: int, samples: Sequence[str]) -> None:
         """Record the samples that this rank could not use and replaced. Collective."""
@@ -183,11 +207,9 @@ class Telemetry:
             write_png(picture.image.cpu(), str(file))
             items.append({"file": f"pictures/{file.name}", "caption": picture.caption, "good": picture.good})
         self.event("pictures", step, name=name, items=items)
-        if self._wandb is not None:
-            import wandb
-
-            images = [wandb.Image(str(self.run_dir / str(i["file"])), caption=str(i["caption"])) for i in items]
-            self._to_wandb({f"pictures/{name}": images}, step)
+        files = [(self.run_dir / str(item["file"]), str(item["caption"])) for item in items]
+        for sink in self._sinks:
+            sink(lambda view: view.pictures(name, files, step))
 
     def end(self, reason: str) -> None:
         """Close the record. reason: "finished", or what stopped the run."""
@@ -197,18 +219,10 @@ class Telemetry:
         if self._file is not None:
             self._file.close()
             self._file = None
-        if self._wandb is not None:  # it may hang or raise, and must not cost the run its end
-            finish = threading.Thread(target=self._finish_wandb, args=(self._wandb, reason), daemon=True)
-            finish.start()
-            finish.join(WANDB_SECONDS)
-            if finish.is_alive():
-                self.say(f"wandb did not finish within {WANDB_SECONDS} s; the record is {self.run_dir / RECORD}")
-
-    def _finish_wandb(self, run: Any, reason: str) -> None:
-        try:
-            run.finish(exit_code=0 if reason == "finished" else 1)
-        except Exception as error:
-            self.say(f"wandb did not finish ({error}); the record is {self.run_dir / RECORD}")
+        deadline = time.monotonic() + SINK_SECONDS
+        for sink in self._sinks:
+            sink.close(reason, deadline)
+        self._sinks = []
 
     def _show(self, step: int, record: dict[str, Any]) -> None:
         speed = f"{record['images_per_second']:.1f} images/s  data wait {record['data_wait']:.0%}"
@@ -219,28 +233,66 @@ class Telemetry:
             left = (self.total_steps - step) * record["step_seconds"]
             self.say(f"step {step}/{self.total_steps}  {text}  {left / 60:.1f} min left")
 
-    def _to_wandb(self, values: dict[str, Any], step: int) -> None:
-        if self._wandb is None or not values:
-            return
+
+class Sink:
+    """A view of the record that is fed in a thread of its own: its outage, hang or lack costs training nothing.
+
+    `open` makes the view, which has numbers(values, step), pictures(name, files, step) and finish(reason).
+    """
+
+    def __init__(self, name: str, open: Callable[[], Any], say: Callable[[str], None]) -> None:
+        self._name, self._open, self._say = name, open, say
+        self._queue: Queue[Callable[[Any], None] | None] = Queue(SINK_LINES)
+        self._thread = Thread(target=self._work, name=name, daemon=True)
+        self._thread.start()
+
+    def __call__(self, action: Callable[[Any], None]) -> None:
+        """Have an action done with the view, some time; if too many wait, it is lost."""
         try:
-            self._wandb.log({**values, "step": step})
-        except Exception as error:  # a sink that fails is dropped; the record goes on
-            self.say(f"wandb stopped taking records ({error}); the run goes on, the record is {self.run_dir / RECORD}")
-            self._wandb = None
+            self._queue.put_nowait(action)
+        except Full:
+            self._fail(f"takes no records, {SINK_LINES} wait")
+
+    def close(self, reason: str, deadline: float) -> None:
+        """Finish the view, until `deadline` of time.monotonic()."""
+        self(lambda view: view.finish(reason))
+        self._queue.put(None) if not self._queue.full() else None
+        self._thread.join(max(0.0, deadline - time.monotonic()))
+        if self._thread.is_alive():
+            self._fail(f"did not finish within {SINK_SECONDS} s")
+
+    def _work(self) -> None:
+        view: Any = None
+        try:
+            view = self._open()
+        except Exception as error:  # absent, misconfigured or unreachable: never a reason not to train
+            self._fail(f"is not available ({error})")
+        while (action := self._queue.get()) is not None:
+            if view is not None:
+                try:
+                    action(view)
+                except Exception as error:  # a view that fails is dropped
+                    self._fail(f"stopped taking records ({error})")
+                    view = None
+
+    def _fail(self, what: str) -> None:
+        """Said once."""
+        if not getattr(self, "_said", False):
+            self._said = True
+            self._say(f"{self._name} {what}; the run goes on, and {RECORD} is the record")
 
 
-def _open_wandb(run_dir: Path, name: str, mode: str, project: str, config: dict, say: Any) -> Any:
-    """A wandb run with the same id at every attempt, or None when it is switched off or does not start."""
-    if mode == "disabled":
-        return None
-    try:
+class _Wandb:
+    """A wandb run with the same id at every attempt."""
+
+    def __init__(self, run_dir: Path, name: str, mode: str, project: str, config: dict[str, Any]) -> None:
         import wandb
 
         logging.getLogger("wandb").setLevel(logging.ERROR)
         id_file = run_dir / "wandb_id"
         if not id_file.exists():
             id_file.write_text(secrets.token_hex(4))
-        run = wandb.init(
+        self._run = wandb.init(
             project=project,
             name=name,
             id=id_file.read_text(),
@@ -250,11 +302,89 @@ def _open_wandb(run_dir: Path, name: str, mode: str, project: str, config: dict,
             config=config,
             settings=wandb.Settings(silent=True, console="off"),
         )
-        run.define_metric("*", step_metric="step")
-    except Exception as error:  # absent, misconfigured or unreachable: never a reason not to train
-        say(f"wandb is not available ({error}); the record is {run_dir / RECORD}")
-        return None
-    return run
+        self._run.define_metric("*", step_metric="step")
+
+    def numbers(self, values: dict[str, float], step: int) -> None:
+        self._run.log({**values, "step": step})
+
+    def pictures(self, name: str, files: list[tuple[Path, str]], step: int) -> None:
+        import wandb
+
+        images = [wandb.Image(str(path), caption=caption) for path, caption in files[:PICTURES]]
+        self._run.log({f"pictures/{name}": images, "step": step})
+
+    def finish(self, reason: str) -> None:
+        self._run.finish(exit_code=0 if reason == "finished" else 1)
+
+
+class _TensorBoard:
+    """Event files in run_dir/tensorboard."""
+
+    def __init__(self, run_dir: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(run_dir / "tensorboard"))
+
+    def numbers(self, values: dict[str, float], step: int) -> None:
+        for key, value in values.items():
+            self._writer.add_scalar(key, value, step)
+
+    def pictures(self, name: str, files: list[tuple[Path, str]], step: int) -> None:
+        from torchvision.io import decode_image
+
+        for number, (path, _) in enumerate(files[:PICTURES]):
+            self._writer.add_image(f"pictures/{name}/{number}", decode_image(str(path)), step)
+
+    def finish(self, reason: str) -> None:
+        self._writer.close()
+
+
+def upload(run_dir: Path, *, mode: str, project: str) -> int:
+    """Replay the record of a finished run into one wandb run, online or offline, and return the number of lines.
+
+    What an attempt did beyond the checkpoint at which the next one began is left out. Raises ValueError without a
+    record.
+    """
+    import yaml
+
+    lines, name = read_record(run_dir), run_dir.resolve().name
+    config = yaml.safe_load((run_dir / "config.yaml").read_text()) if (run_dir / "config.yaml").exists() else {}
+    run = _Wandb(run_dir, str(config.get("name", name)), mode, project, config)
+    for line in lines:
+        event, step = line["event"], line["step"]
+        if event == "pictures":
+            run.pictures(line["name"], [(run_dir / i["file"], str(i["caption"])) for i in line["items"]], step)
+        values = {f"{event}/{k}": v for k, v in line.items() if type(v) in (int, float) and k not in ("step", "time")}
+        if values:
+            run.numbers(values, step)
+    run.finish("finished")
+    return len(lines)
+
+
+def read_record(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of a run's record, each step once: what a later attempt did again is left out where it came first.
+
+    Raises ValueError if there is none.
+    """
+    path = run_dir / RECORD
+    if not path.is_file():
+        raise ValueError(f"{run_dir} is not a run directory: {path} does not exist")
+    lines: list[dict[str, Any]] = []
+    for text in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if not text.endswith("\n"):  # cut off by a crash
+            break
+        line = json.loads(text)
+        if line["event"] == "start":
+            lines = [one for one in lines if one["step"] <= line["step"] or one["event"] == "start"]
+        lines.append(line)
+    return lines
+
+
+def _finite(value: Any) -> Any:
+    """The value, with null for numbers that JSON does not know, also in lists."""
+    if isinstance(value, list):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _close_last_line(record: Path) -> int:

@@ -14,6 +14,7 @@ from swinv2_scale.data.stream import Batch
 from swinv2_scale.engine import Engine
 from swinv2_scale.guard import Guard, Verdict
 from swinv2_scale.heartbeat import Heartbeat
+from swinv2_scale.models.probe import BlockProbe
 from swinv2_scale.models.swin_v2 import SwinTransformerV2
 from swinv2_scale.optim import Schedule
 from swinv2_scale.signals import Stopped
@@ -64,6 +65,7 @@ def train(
     checkpoint_every: int,
     guard: Guard,
     heartbeat: Heartbeat,
+    probe: BlockProbe,
     look: Callable[[int], None],
     save: Callable[[int, bool], None],
     saved: Callable[[], None],
@@ -80,6 +82,7 @@ def train(
     for step in range(start, stop):
         heartbeat.beat("training", step)
         # ------------------------------------------------------------------------------------------ the step
+        probe.watching = due(step + 1, log_every, stop)
         result = engine.step(seeded(islice(batches, engine.accumulation)), task.loss, schedule(step))
         telemetry.step(result.loss, result.applied)
         done = step + 1
@@ -89,7 +92,8 @@ def train(
         saves = due(done, checkpoint_every, stop) or verdict is Verdict.STOP
         looks = due(done, evaluate_every, stop) and verdict is not Verdict.STOP
         if due(done, log_every, stop) or saves or looks or verdict is not Verdict.CONTINUE:
-            telemetry.train(done, learning_rate=schedule(step), gradient_norm=engine.gradient_norm())
+            telemetry.train(done, learning_rate=schedule(step), **engine.state())
+            telemetry.blocks(done, probe.take())
         if verdict is Verdict.ABORT:
             raise FloatingPointError(
                 f"{guard.cause} before step {done}; the last checkpoint is from before. Lower optim.lr or "

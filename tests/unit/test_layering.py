@@ -45,6 +45,7 @@ HOMES = {
     "torch.distributed": "swinv2_scale/distributed.py",
     "deepspeed": "swinv2_scale/engine.py",
     "wandb": "swinv2_scale/telemetry.py",
+    "torch.utils.tensorboard": "swinv2_scale/telemetry.py",
     "fairscale": "swinv2_scale/models/memory.py",
     "requests": "swinv2_scale/data/sources.py",
     "fsspec": "swinv2_scale/data/sources.py",

@@ -1,8 +1,12 @@
 """The record: what is written, what a crash leaves, what a failing sink costs (nothing), what NaN does."""
 
 import json
+import struct
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from threading import Event
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -10,12 +14,12 @@ import pytest
 import torch
 
 from swinv2_scale.report import headline, write_report
-from swinv2_scale.telemetry import Picture, Telemetry
+from swinv2_scale.telemetry import Picture, Telemetry, read_record, upload
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
 
-def telemetry(run_dir: Path, wandb: str = "disabled") -> Telemetry:
+def telemetry(run_dir: Path, wandb: str = "disabled", tensorboard: bool = False) -> Telemetry:
     return Telemetry(
         run_dir,
         name="x",
@@ -24,6 +28,7 @@ def telemetry(run_dir: Path, wandb: str = "disabled") -> Telemetry:
         images_per_step=8,
         wandb=wandb,
         project="p",
+        tensorboard=tensorboard,
         config={"name": "x"},
     )
 
@@ -45,7 +50,8 @@ def test_steps_are_averaged_and_samples_that_were_replaced_are_named(tmp_path: P
     assert (start["event"], start["attempt"]) == ("start", 0)
     assert (train["step"], train["loss"], train["epoch"], train["gradient_norm"]) == (2, 1.5, 0.4, None)
     assert train["images_per_second"] == pytest.approx(8 / train["step_seconds"])
-    assert 0 <= train["data_wait"] <= 1
+    assert 0 <= train["data_wait"] <= train["data_wait_max"] <= 1
+    assert train["utilisation"] is None
     assert corrupt["sample"] == "a.tar:7: cut"
     assert end["reason"] == "finished"
 
@@ -76,28 +82,42 @@ def test_skipped_steps_are_counted_and_the_record_stays_json(tmp_path: Path, val
 
 
 class Failing:
-    """A wandb run whose every call raises."""
+    """A function of wandb that raises."""
 
-    def __getattr__(self, name: str) -> Any:
+    def __call__(self, *_: Any, **__: Any) -> Any:
         raise ConnectionError("no route to host")
 
 
-@pytest.mark.parametrize("where", ["absent", "init", "log"])
+def hang(*_: Any, **__: Any) -> None:
+    Event().wait()
+
+
+@pytest.mark.parametrize("where", ["absent", "init", "log", "finish", "init hangs", "log hangs", "finish hangs"])
 def test_wandb_may_fail_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, where: str) -> None:
+    """And costs neither the record nor, beyond a bound at the end, any time."""
+    monkeypatch.setattr("swinv2_scale.telemetry.SINK_SECONDS", 0.5)
     stub: Any = None  # makes `import wandb` raise ImportError
     if where != "absent":
         stub = ModuleType("wandb")
         stub.Settings = SimpleNamespace
-        run = SimpleNamespace(define_metric=lambda *a, **k: None, finish=Failing, log=lambda values: Failing().log)
-        stub.init = (lambda **k: run) if where == "log" else (lambda **k: Failing().x)
+        calls: dict[str, Any] = dict.fromkeys(("log", "finish", "define_metric"), lambda *a, **k: None)
+        name, _, hangs = where.partition(" ")
+        if name != "init":
+            calls[name] = hang if hangs else Failing()
+        run = SimpleNamespace(**calls)
+        stub.init = (lambda **k: run) if name != "init" else (hang if hangs else Failing())
     monkeypatch.setitem(sys.modules, "wandb", stub)
+    begin = time.monotonic()
     t = telemetry(tmp_path, wandb="online")
     t.start(0)
-    t.step(torch.tensor(1.0), applied=True)
-    t.train(1)
+    for step in range(1, 21):
+        t.step(torch.tensor(1.0), applied=True)
+        t.train(step)
+    assert time.monotonic() - begin < 0.4
     t.end("finished")
-    assert [line["event"] for line in record(tmp_path)] == ["start", "train", "end"]
-    assert "wandb" in capsys.readouterr().out
+    assert time.monotonic() - begin < 1.5
+    assert [line["event"] for line in record(tmp_path)] == ["start", *["train"] * 20, "end"]
+    assert capsys.readouterr().out.count("the run goes on, and metrics.jsonl is the record") == 1
 
 
 def test_unknown_wandb_mode_is_refused(tmp_path: Path) -> None:
@@ -119,3 +139,91 @@ def test_the_report_reads_what_telemetry_writes(tmp_path: Path) -> None:
     assert "7 &lt;b&gt;" in page
     assert "data:image/png;base64" in page
     assert "held-out top-1 10.0 % -> 90.0 %" in headline(tmp_path).replace("\n", " ")
+
+
+def test_utilisation_is_of_what_matrix_products_reach(tmp_path: Path) -> None:
+    t = telemetry(tmp_path)
+    t.start(0, flops_per_image=3e9, flops_of_matmul=1e12)
+    t.step(torch.tensor(1.0), applied=True)
+    t.train(1)
+    t.blocks(1, {"amplitude": [1.0, float("nan")], "logit_scale_mean": [10.0, 11.0]})
+    t.blocks(1, {})
+    _, train, blocks = record(tmp_path)
+    assert train["model_teraflops"] == pytest.approx(train["images_per_second"] * 3e-3)
+    assert train["utilisation"] == pytest.approx(train["images_per_second"] * 3e-3)
+    assert blocks["amplitude"] == [1.0, None] and blocks["logit_scale_mean"] == [10.0, 11.0]
+
+
+def two_attempts(run_dir: Path) -> None:
+    """Six steps, then again from the fourth on, to the eighth."""
+    for first, last in ((0, 6), (3, 8)):
+        t = telemetry(run_dir)
+        t.start(first)
+        for step in range(first + 1, last + 1):
+            t.step(torch.tensor(float(step + 100 * first)), applied=True)
+            t.train(step)
+        t.pictures(last, "predictions", [Picture(torch.zeros(3, 4, 4, dtype=torch.uint8), "7", False)])
+        t.end("finished" if first else "killed")
+
+
+def test_what_was_done_again_counts_once(tmp_path: Path) -> None:
+    two_attempts(tmp_path)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"event": "train", "st')
+    steps = [(line["step"], line["loss"]) for line in read_record(tmp_path) if line["event"] == "train"]
+    assert steps == [(1, 1.0), (2, 2.0), (3, 3.0), *((step, 300.0 + step) for step in range(4, 9))]
+    with pytest.raises(ValueError, match="is not a run directory"):
+        read_record(tmp_path / "nowhere")
+
+
+def messages(file: Path) -> Iterator[bytes]:
+    """What a .wandb file holds: after 7 bytes a log as LevelDB writes it, in blocks of 32 KiB."""
+    content, at, message = file.read_bytes(), 7, b""
+    while at < len(content):
+        if 32768 - at % 32768 < 7:
+            at += 32768 - at % 32768
+            continue
+        _, length, kind = struct.unpack_from("<IHB", content, at)
+        message += content[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            yield message
+            message = b""
+
+
+def test_a_record_becomes_one_wandb_run(tmp_path: Path) -> None:
+    """Written offline, and read as wandb's messages."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    two_attempts(tmp_path)
+    assert upload(tmp_path, mode="offline", project="p") == len(read_record(tmp_path))
+    (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    history, runs = [], []
+    for message in messages(file):
+        found = Record()
+        found.ParseFromString(message)
+        if found.HasField("run"):
+            runs.append(found.run.run_id)
+        if found.HasField("history"):
+            items = found.history.item
+            history.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items})
+    assert set(runs) == {(tmp_path / "wandb_id").read_text()}
+    losses = [(line["step"], line["train/loss"]) for line in history if "train/loss" in line]
+    assert losses == [(1, 1.0), (2, 2.0), (3, 3.0), *((step, 300.0 + step) for step in range(4, 9))]
+    assert [line["step"] for line in history if "pictures/predictions" in line] == [8]
+
+
+def test_tensorboard_gets_the_same_numbers(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    t = telemetry(tmp_path, tensorboard=True)
+    t.start(0)
+    for step in (1, 2):
+        t.step(torch.tensor(float(step)), applied=True)
+        t.train(step)
+    t.pictures(2, "predictions", [Picture(torch.zeros(3, 4, 4, dtype=torch.uint8), "7", False)])
+    t.end("finished")
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 1.0), (2, 2.0)]
+    assert events.Tags()["images"] == ["pictures/predictions/0"]

@@ -1,0 +1,47 @@
+"""What a model computes, from its shapes; and how fast a device multiplies matrices, to compare with."""
+
+import statistics
+import time
+
+import torch
+
+from swinv2_scale.models.swin_v2 import PATCH, SwinTransformerV2
+from swinv2_scale.ops.windows import fit_window, padded_grid
+
+
+def forward_flops(model: SwinTransformerV2, rows: int, columns: int) -> dict[str, float]:
+    """Floating-point operations of one image's forward pass, by part: a multiplication and an addition are two.
+
+    Matrix products only, as is usual; windows that reach beyond the map count whole. The network of the position bias
+    runs once for a batch and is left out. A training step takes three times as many: backward is two passes.
+    """
+    grid = [-(-rows // PATCH), -(-columns // PATCH)]
+    parts = dict.fromkeys(("embedding", "projections", "attention", "mlp", "merging", "head"), 0.0)
+    in_channels = model.patch_embed.proj.in_channels
+    parts["embedding"] = 2.0 * grid[0] * grid[1] * in_channels * PATCH**2 * model.widths[0]
+    for stage, blocks, width in zip(model.layers, model.blocks(), model.widths, strict=True):
+        tokens = grid[0] * grid[1]
+        for block in blocks:
+            window, _ = fit_window(grid, block.window, block.shift)
+            padded = padded_grid(grid, window)
+            parts["projections"] += 2.0 * tokens * width * 4 * width
+            parts["attention"] += 2.0 * 2 * padded[0] * padded[1] * window[0] * window[1] * width
+            parts["mlp"] += 2.0 * 2 * tokens * width * block.mlp.fc1.out_features
+        if stage.downsample is not None:
+            grid = [-(-side // 2) for side in grid]
+            parts["merging"] += 2.0 * grid[0] * grid[1] * 4 * width * 2 * width
+    if isinstance(model.head, torch.nn.Linear):
+        parts["head"] = 2.0 * model.head.in_features * model.head.out_features
+    return parts
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating-point operations per second of a square matrix product, the median of five; what a step could reach."""
+    side = 4096 if device.type == "cuda" else 1024
+    left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    times = []
+    for _ in range(6):
+        begin = time.perf_counter()
+        (left @ right)[0, 0].item()  # waits for the device
+        times.append(time.perf_counter() - begin)
+    return 2.0 * side**3 / statistics.median(times[1:])

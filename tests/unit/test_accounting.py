@@ -1,0 +1,48 @@
+"""Operations against PyTorch's own counter and the paper's figures."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import swinv2_scale
+from swinv2_scale.models.accounting import forward_flops, matmul_rate
+
+SHAPES = [("t", 256, 256, 8), ("t", 224, 320, 7), ("debug", 100, 64, 4)]
+# Of the paper and the released code: size, image, window, multiplications in 10^9.
+KNOWN = [
+    ("t", 192, 12, 3.5),
+    ("t", 256, 16, 6.6),
+    ("t", 384, 24, 17.4),
+    ("b", 256, 8, 20.3),
+    ("g", 192, 12, 370.7),
+    ("g", 640, 40, 4639),
+]
+
+
+@pytest.mark.parametrize(("size", "rows", "columns", "window"), SHAPES)
+def test_flops_are_those_that_are_counted(size: str, rows: int, columns: int, window: int) -> None:
+    model = swinv2_scale.create_model(size, image_size=[rows, columns], window_size=window, num_classes=10).eval()
+    for blocks in model.blocks():
+        for block in blocks:
+            block.attn.implementation = "reference"
+    with torch.no_grad():
+        one, two = FlopCounterMode(display=False), FlopCounterMode(display=False)
+        with one:
+            model(torch.zeros(1, 3, rows, columns))
+        with two:
+            model(torch.zeros(2, 3, rows, columns))
+    # The network of the position bias runs once a block, whatever the batch: it falls out of the difference.
+    per_image = two.get_total_flops() - one.get_total_flops()
+    assert sum(forward_flops(model, rows, columns).values()) == per_image
+
+
+@pytest.mark.parametrize(("size", "image", "window", "giga"), KNOWN)
+def test_multiplications_of_the_papers_models(size: str, image: int, window: int, giga: float) -> None:
+    with torch.device("meta"):
+        model = swinv2_scale.create_model(size, image_size=image, window_size=window, num_classes=0)
+    found = sum(forward_flops(model, image, image).values()) / 2e9
+    assert found == pytest.approx(giga, rel=0.02)
+
+
+def test_the_rate_of_products_is_a_rate() -> None:
+    assert 1e8 < matmul_rate(torch.device("cpu"), torch.float32) < 1e14
