@@ -29,7 +29,7 @@ def test_amplitudes_and_scales_of_each_block(activations: str) -> None:
     for number, feature_map in zip(last, maps, strict=True):
         assert found["amplitude"][number] == pytest.approx(feature_map.square().mean().sqrt().item(), rel=1e-5)
     scales = [block.attn.logit_scale.exp().clamp(max=100) for block in blocks]
-    assert found["logit_scale_mean"] == pytest.approx([float(scale.mean()) for scale in scales])
-    assert found["logit_scale_max"] == pytest.approx([float(scale.max()) for scale in scales])
+    assert found["logit_scale_mean"] == pytest.approx([scale.mean().item() for scale in scales])
+    assert found["logit_scale_max"] == pytest.approx([scale.max().item() for scale in scales])
     probe.watching = False
     assert probe.take() != {} and probe.take() == {}  # of the pass through forward_features, then nothing
