@@ -338,6 +338,7 @@ def _embed(arguments: argparse.Namespace) -> int:
 def _add_report(commands: Any) -> None:
     report = commands.add_parser("report", help="write report.html of finished or running runs")
     report.add_argument("run_dir", type=Path, nargs="+")
+    report.add_argument("--compare", type=Path, metavar="PAGE", help="also write a page that compares two to four runs")
     report.set_defaults(run=_report)
 
 
@@ -347,6 +348,10 @@ def _report(arguments: argparse.Namespace) -> int:
     for run_dir in arguments.run_dir:
         write_report(run_dir)
         print(headline(run_dir))
+    if arguments.compare:
+        from swinv2_scale.compare import write_comparison
+
+        print(f"comparison: {write_comparison(arguments.run_dir, arguments.compare)}")
     return 0
 
 

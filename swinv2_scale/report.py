@@ -28,8 +28,8 @@ Series = dict[int, float]  # step -> value
 _COLUMNS = 300  # pixel columns of a chart; each keeps its lowest and its highest value
 _LISTED = 200  # unreadable samples named on the page
 _NOT_METRICS = {"step", "time", "epoch", "samples", "seconds", "model_teraflops", "data_wait_max"}
-_SHARE = re.compile(r"top\d+|accuracy")  # held-out metrics in 0..1, shown in per cent
-_CHARTS = {  # key of a train line -> section, title with unit, factor to that unit
+SHARE = re.compile(r"top\d+|accuracy")  # held-out metrics in 0..1, shown in per cent
+CHARTS = {  # key of a train line -> section, title with unit, factor to that unit
     "learning_rate": ("Optimisation", "Learning rate", 1),
     "gradient_norm": ("Optimisation", "Gradient norm", 1),
     "images_per_second": ("Speed", "Throughput (images/s)", 1),
@@ -47,7 +47,7 @@ _CAPTIONS = {"reconstructions": "Each picture is a triptych: original | masked |
 
 
 @dataclass
-class _Record:
+class Record:
     """What a run directory says, with work that was redone after a resume counted once."""
 
     run_dir: Path
@@ -103,7 +103,7 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
             yield line
 
 
-def _read(run_dir: Path) -> _Record:
+def read(run_dir: Path) -> Record:
     path, config_path = Path(run_dir) / "metrics.jsonl", Path(run_dir) / "config.yaml"
     if not path.is_file():
         raise ValueError(
@@ -116,13 +116,13 @@ def _read(run_dir: Path) -> _Record:
     except yaml.YAMLError as error:
         raise ValueError(f"{config_path} is not valid YAML: {error}. Repair or delete it.") from None
     name = parsed.get("name") if isinstance(parsed, dict) else None
-    record = _Record(Path(run_dir), str(name or Path(run_dir).resolve().name), config)
+    record = Record(Path(run_dir), str(name or Path(run_dir).resolve().name), config)
     first_of_attempt, before = False, None
     for line in _lines(path):
         event, time = line["event"], line.get("time")
         if event == "start":
             record.starts.append(line)
-            record.state, first_of_attempt, before = _Record.state, True, time  # the pause before it does not count
+            record.state, first_of_attempt, before = Record.state, True, time  # the pause before it does not count
         elif event in ("train", "evaluation"):
             record.add_numbers(line, first_of_attempt)
             first_of_attempt = False
@@ -172,32 +172,32 @@ def _clock(time: float) -> str:
     return datetime.fromtimestamp(time, timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
 
 
-def _label(key: str) -> str:
+def label_of(key: str) -> str:
     return re.sub(r"^top(\d)", r"top-\1", key).replace("_", " ")
 
 
-def _held_out(record: _Record) -> list[tuple[str, str, str, str]]:
+def held_out_rows(record: Record) -> list[tuple[str, str, str, str]]:
     """Of every held-out metric, shares first: label, first value ("" if there is but one), last value, change."""
     rows = []
-    for key, series in sorted(record.held_out.items(), key=lambda item: not _SHARE.fullmatch(item[0])):
+    for key, series in sorted(record.held_out.items(), key=lambda item: not SHARE.fullmatch(item[0])):
         first, last, change = series[min(series)], series[max(series)], ""
-        show = _percent if _SHARE.fullmatch(key) else _number
+        show = _percent if SHARE.fullmatch(key) else _number
         if show is _percent:
             change = f"{100 * (last - first):+.1f} points"
         elif first and math.isfinite(last / first):
             change = f"{_percent(abs(last / first - 1))} {'lower' if last < first else 'higher'}"
         several = len(series) > 1
-        rows.append((_label(key), show(first) * several, show(last), change * several))
+        rows.append((label_of(key), show(first) * several, show(last), change * several))
     return rows
 
 
 def headline(run_dir: Path) -> str:
     """Two or three lines of plain text: name and steps, first and last held-out values, the path of the report."""
-    record = _read(run_dir)
+    record = read(run_dir)
     lines = [f"{record.name}: step {record.steps()[1]:,}, {record.state}, {_duration(record.seconds)}"]
     values = [
         f"held-out {label} " + (f"{first} -> {last}" if first else last) + (f" ({change})" if change else "")
-        for label, first, last, change in _held_out(record)
+        for label, first, last, change in held_out_rows(record)
     ]
     return "\n".join([*lines, *filter(None, [", ".join(values)]), f"report: {record.run_dir / 'report.html'}"])
 
@@ -219,7 +219,7 @@ def _thin(points: Series) -> list[tuple[int, float]]:
     return sorted(kept)
 
 
-def _smooth(points: Series) -> Series:
+def smooth(points: Series) -> Series:
     """Mean over a thirtieth of the series, centred so that it does not lag, at some 200 places."""
     ordered = _finite(points)
     half = max(1, len(ordered) // 60)
@@ -255,22 +255,23 @@ def _axis(values: list[float], zero: bool) -> tuple[float, float, list[float], b
     return low, high, _ticks(low, high, 5), False
 
 
-def _chart(
-    record: _Record,
+def chart(
+    record: Record,
     title: str,
     lines: list[tuple[str, str, Series]],
     zero: bool = False,
     wide: bool = False,
-    blocks: bool = False,
+    span: tuple[int, int] | None = None,
+    unit: str = "step",
 ) -> str:
     """A figure of several lines (label, CSS classes, points); "dots" among the classes marks every point.
 
-    The horizontal axis is that of steps, or with `blocks` of the blocks of the model.
+    The horizontal axis is that of the record's steps, or of another unit, from the first to the last of `span`.
     """
     drawn = [(label, css, thin) for label, css, points in lines if (thin := _thin(points))]
     if not drawn:
         return ""
-    start, stop = (1, max(lines[0][2])) if blocks else record.steps()
+    start, stop = span or record.steps()
     stop = max(stop, start + 1)
     low, high, ticks, log = _axis([value for _, _, points in drawn for _, value in points], zero)
 
@@ -280,7 +281,7 @@ def _chart(
     def y(value: float) -> float:  # of the axis: an exponent if it is logarithmic
         return round(100 * (high - value) / (high - low), 2)
 
-    curves, readout = "", f"<span>{'block' if blocks else 'step'} <b>{drawn[0][2][-1][0]:,}</b></span>"
+    curves, readout = "", f"<span>{unit} <b>{drawn[0][2][-1][0]:,}</b></span>"
     for label, css, points in drawn:
         places = [(x(step), y(math.log10(value) if log else value)) for step, value in points]
         curves += f'<polyline class="{css}" points="{" ".join(f"{a:g},{b:g}" for a, b in places)}"/>'
@@ -288,7 +289,7 @@ def _chart(
             curves += f'<path class="dot {css}" d="{"".join(f"M{a:g} {b:g}h0" for a, b in places)}"/>'
         data, last = " ".join(f"{step}:{_number(value)}" for step, value in points), _number(points[-1][1])
         readout += f'<span class="{css}" data-points="{data}">{escape(label)} <b>{last}</b></span>'
-    marks = "".join(f"M{x(at):g} 0V100" for at in record.resumes() if start <= at <= stop and not blocks)
+    marks = "".join(f"M{x(at):g} 0V100" for at in record.resumes() if start <= at <= stop and not span)
     grid = "".join(f"M0 {y(tick):g}H1000" for tick in ticks)
     labels = "".join(f'<i class="y" style="top:{y(t):g}%">{_short(10.0**t if log else t)}</i>' for t in ticks)
     labels += "".join(
@@ -303,36 +304,41 @@ def _chart(
 <p class="readout">{readout}</p></figure>"""
 
 
-def _curves(record: _Record) -> str:
+def _curves(record: Record) -> str:
     """All charts, by section."""
-    sections: dict[str, list[str]] = {name: [] for name in ("Training", "Held-out", "Optimisation", "Speed", "Other")}
+    names = ("Training", "Held-out", "Optimisation", "Stability", "Speed", "Other")
+    sections: dict[str, list[str]] = {name: [] for name in names}
+    constant: list[str] = []
     shares: list[tuple[str, str, Series]] = []
     for key, series in record.held_out.items():
-        if _SHARE.fullmatch(key):
+        if SHARE.fullmatch(key):
             css = f"{'bcd'[len(shares) % 3]} dots"
-            shares.append((_label(key), css, {step: 100 * value for step, value in series.items()}))
+            shares.append((label_of(key), css, {step: 100 * value for step, value in series.items()}))
         else:
-            sections["Held-out"].append(_chart(record, f"Held-out {_label(key)}", [("", "b dots", series)]))
-    sections["Held-out"].insert(0, _chart(record, "Held-out accuracy (%)", shares))
-    other = [key for key in record.train if key not in {"loss", *_CHARTS}]
-    for key in ["loss", *_CHARTS, *other]:
-        default = ("Training" if key == "loss" else "Other", _label(key).capitalize(), 1)
-        section, title, factor = _CHARTS.get(key, default)
+            sections["Held-out"].append(chart(record, f"Held-out {label_of(key)}", [("", "b dots", series)]))
+    sections["Held-out"].insert(0, chart(record, "Held-out accuracy (%)", shares))
+    other = [key for key in record.train if key not in {"loss", *CHARTS}]
+    for key in ["loss", *CHARTS, *other]:
+        default = ("Training" if key == "loss" else "Other", label_of(key).capitalize(), 1)
+        section, title, factor = CHARTS.get(key, default)
         points = {step: factor * value for step, value in record.train.get(key, {}).items()}
         lines = [("training" if key in record.held_out else "", "a", points)]
         if key == "loss" and len(points) >= 20:  # fewer show their course by themselves
-            lines = [("training", "a faint", points), ("smoothed", "a", _smooth(points))]
+            lines = [("training", "a faint", points), ("smoothed", "a", smooth(points))]
         if key in record.held_out:
             lines += [("held-out", "b dots", {step: factor * value for step, value in record.held_out[key].items()})]
-        if points:
-            sections[section].append(_chart(record, title, lines, zero=key in _CHARTS, wide=key == "loss"))
+        if section == "Other" and len(set(points.values())) == 1:
+            constant.append(f"{label_of(key)} {_number(next(iter(points.values())))}")
+        elif points:
+            sections[section].append(chart(record, title, lines, zero=key in CHARTS, wide=key == "loss"))
     sections["Stability"] = _stability(record)
     html = "".join(f'<h2>{name}</h2><div class="charts">{"".join(c)}</div>' for name, c in sections.items() if any(c))
+    still = f" Always the same: {escape(', '.join(constant))}." if constant else ""
     resumed = " Dashed lines: the run was resumed." if record.resumes() else ""
-    return html and f'{html}<p class="muted">Horizontal axes: optimiser step.{resumed}</p>'
+    return html and f'{html}<p class="muted">Horizontal axes: optimiser step.{resumed}{still}</p>'
 
 
-def _stability(record: _Record) -> list[str]:
+def _stability(record: Record) -> list[str]:
     """Amplitude and logit scales over depth, at the beginning, in the middle and at the end: one line each."""
     steps = sorted(record.blocks)
     chosen = list(dict.fromkeys(steps[at] for at in (0, len(steps) // 2, -1))) if steps else []
@@ -344,18 +350,19 @@ def _stability(record: _Record) -> list[str]:
             points = {number: value for number, value in enumerate(values, start=1) if value is not None}
             lines.append((f"step {step:,}", f"{css} dots", points))
         if any(points for *_, points in lines):
-            charts.append(_chart(record, title, [line for line in lines if line[2]], zero=True, blocks=True))
+            span = (1, max(max(points) for *_, points in lines if points))
+            charts.append(chart(record, title, [line for line in lines if line[2]], zero=True, span=span, unit="block"))
     return charts
 
 
-def _cards(record: _Record) -> str:
+def _cards(record: Record) -> str:
     def values(key: str) -> list[float]:
         return [value for _, value in _finite(record.train.get(key, {}))]
 
     start = record.starts[-1] if record.starts else {}
     cards = [
         (f"held-out {label}", last, f"from {first}, {change}".strip(", ") if first else "")
-        for label, first, last, change in _held_out(record)[:3]
+        for label, first, last, change in held_out_rows(record)[:3]
     ]
     epochs = f"{_number(record.epoch)} epochs" if record.epoch is not None else ""
     cards.append(("steps", f"{record.steps()[1]:,}", epochs))
@@ -374,7 +381,7 @@ def _cards(record: _Record) -> str:
     return "".join(cell.format(*map(escape, card)) for card in cards)
 
 
-def _pictures(record: _Record) -> str:
+def _pictures(record: Record) -> str:
     html = ""
     for name, line in record.pictures.items():
         html += f'<h2>{escape(name.capitalize())}</h2><p class="muted">At step {line["step"]:,}. '
@@ -392,13 +399,13 @@ def _pictures(record: _Record) -> str:
     return html
 
 
-def _table(title: str, rows: Iterable[tuple[Any, ...]], head: tuple[str, ...] = ()) -> str:
+def table(title: str, rows: Iterable[tuple[Any, ...]], head: tuple[str, ...] = ()) -> str:
     html = "".join(f"<tr>{''.join(f'<td>{escape(str(cell))}</td>' for cell in row)}</tr>" for row in rows)
     top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
     return f'<div class="table"><h3>{title}</h3><table><tr>{top}</tr>{html}</table></div>' if html else ""
 
 
-def _details(record: _Record) -> str:
+def _details(record: Record) -> str:
     """Unreadable samples, attempts, data, versions, configuration."""
     html, start = "", record.starts[-1] if record.starts else {}
     if record.corrupt:
@@ -409,8 +416,8 @@ def _details(record: _Record) -> str:
     head = ("attempt", "step", "time", "world_size", "device", "precision")
     attempts = [[_clock(a[key]) if key == "time" else a.get(key, "") for key in head] for a in record.starts]
     data = [(split, key, value) for split, facts in start.get("data", {}).items() for key, value in facts.items()]
-    tables = _table("Attempts", map(tuple, attempts), tuple(map(_label, head)))
-    tables += _table("Data", data) + _table("Versions", start.get("versions", {}).items())
+    tables = table("Attempts", map(tuple, attempts), tuple(map(label_of, head)))
+    tables += table("Data", data) + table("Versions", start.get("versions", {}).items())
     html += f'<h2>How it was run</h2><div class="tables">{tables}</div>' if tables else ""
     if record.config:
         html += f"<details><summary>Configuration (config.yaml)</summary><pre>{escape(record.config)}</pre></details>"
@@ -422,19 +429,18 @@ def write_report(run_dir: Path) -> Path:
 
     Raises ValueError if run_dir has no metrics.jsonl, or if a line other than an incomplete last one is malformed.
     """
-    record = _read(run_dir)
-    template = resources.files("swinv2_scale").joinpath("report.html.template").read_text(encoding="utf-8")
+    record = read(run_dir)
     times = [f"started {_clock(start['time'])}" for start in record.starts[:1]]
     times += [f"last record {_clock(record.last_time)}"] if record.last_time is not None else []
-    page = Template(template).substitute(
-        name=escape(record.name),
-        state=escape(record.state),
-        times=" &middot; ".join(times),
-        cards=_cards(record),
-        curves=_curves(record),
-        pictures=_pictures(record),
-        details=_details(record),
-    )
+    content = {"cards": _cards(record), "curves": _curves(record), "pictures": _pictures(record)}
+    content |= {"details": _details(record), "times": " &middot; ".join(times)}
     path = record.run_dir / "report.html"
-    path.write_text(page, encoding="utf-8")
+    path.write_text(page(record.name, record.state, **content), encoding="utf-8")
     return path
+
+
+def page(name: str, state: str, *, times: str, cards: str, curves: str, pictures: str, details: str) -> str:
+    """The whole page, from the HTML of its parts; name and state are text."""
+    template = resources.files("swinv2_scale").joinpath("report.html.template").read_text(encoding="utf-8")
+    parts = {"times": times, "cards": cards, "curves": curves, "pictures": pictures, "details": details}
+    return Template(template).substitute(name=escape(name), state=escape(state), **parts)

@@ -26,6 +26,7 @@ LAYERS = {
     "swinv2_scale.telemetry": 3,
     "swinv2_scale.checkpoint": 3,
     "swinv2_scale.report": 3,
+    "swinv2_scale.compare": 3,
     "swinv2_scale.export": 3,
     "swinv2_scale.embed": 3,
     "swinv2_scale.doctor": 3,

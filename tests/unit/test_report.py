@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from swinv2_scale.compare import write_comparison
 from swinv2_scale.report import headline, write_report
 
 PIXEL = base64.b64decode(  # a PNG of one pixel
@@ -60,13 +61,13 @@ def test_the_page_shows_the_numbers_of_the_record(tmp_path: Path) -> None:
         "data_wait": 0.031,
         "gradient_norm": None,
         "skipped": False,
-        "loss_scale": 65536.0,
+        "weight_decay": 0.05,
     }
     lines = [
         start(),
         evaluation(0, loss=0.982, top1=0.1),
-        train(10, 0.9, learning_rate=0.0008, epoch=0.5, **speed),
-        train(20, 0.5, learning_rate=0.0004, epoch=1.25, **speed),
+        train(10, 0.9, learning_rate=0.0008, epoch=0.5, loss_scale=65536.0, **speed),
+        train(20, 0.5, learning_rate=0.0004, epoch=1.25, loss_scale=32768.0, **speed),
         evaluation(20, loss=0.431, top1=0.981),
         {"event": "end", "step": 20, "time": 1200.0, "reason": "finished", "seconds": 123.4},
     ]
@@ -90,7 +91,8 @@ def test_the_page_shows_the_numbers_of_the_record(tmp_path: Path) -> None:
     assert points_of(page, "Loss") == [[(10, 0.9), (20, 0.5)], [(0, 0.982), (20, 0.431)]]
     assert points_of(page, "Learning rate") == [[(10, 0.0008), (20, 0.0004)]]
     assert points_of(page, "Waiting for data (% of the time)") == [[(10, 3.1), (20, 3.1)]]
-    assert points_of(page, "Loss scale") == [[(10, 65536), (20, 65536)]], "an unknown metric gets a chart"
+    assert points_of(page, "Loss scale") == [[(10, 65536), (20, 32768)]], "an unknown metric gets a chart"
+    assert points_of(page, "Weight decay") == [] and "Always the same: weight decay 0.05." in text
     assert "Gradient norm" not in text, "a metric without values gets none"
     assert "Skipped" not in text, "what is not a number gets none"
     assert headline(tmp_path).splitlines() == [
@@ -237,3 +239,36 @@ def test_the_axis_is_logarithmic_where_values_span_decades(tmp_path: Path) -> No
         assert ("Learning rate <small>logarithmic" in page) == logarithmic
         labels = page.partition("<figcaption>Learning rate ")[2].partition("</figure>")[0]
         assert ('">1e-5</i>' in labels) == logarithmic
+
+
+def test_amplitudes_are_shown_over_depth(tmp_path: Path) -> None:
+    """At the first, the middle and the last step that has them."""
+    lines = [start()]
+    for step in (10, 20, 30, 40):
+        lines.append(train(step, 1.0))
+        scales = {"logit_scale_mean": [10.0, None, 12.0], "logit_scale_max": [11.0, 12.0, 13.0]}
+        lines.append({"event": "blocks", "step": step, "time": 1.0, "amplitude": [step, 2.0, 3.5], **scales})
+    page = page_of(make_run(tmp_path, lines))
+    title = "Amplitude of each block&#x27;s output, by depth (root mean square)"
+    assert points_of(page, title) == [[(1, step), (2, 2.0), (3, 3.5)] for step in (10, 30, 40)]
+    assert points_of(page, "Logit scale of each block, by depth (mean over heads)")[0] == [(1, 10.0), (3, 12.0)]
+    assert "step 10 3.5" in text_of(page) and "block 3" in text_of(page)
+
+
+def test_runs_are_compared_on_one_page(tmp_path: Path) -> None:
+    paths = []
+    for number, rate in enumerate((0.1, 0.2)):
+        path = tmp_path / f"run{number}"
+        path.mkdir()
+        lines = [start(), *(train(step, rate * step, gradient_norm=1.0) for step in range(1, 4 + number))]
+        make_run(path, [*lines, evaluation(4, top1=rate)])
+        (path / "config.yaml").write_text(f"name: r{number}\nseed: 0\noptim:\n  lr: {rate}\n  betas: [0.9, 0.95]\n")
+        paths.append(path)
+    page = write_comparison(paths, tmp_path / "both.html").read_text(encoding="utf-8")
+    assert points_of(page, "Loss") == [[(1, 0.1), (2, 0.2), (3, 0.3)], [(1, 0.2), (2, 0.4), (3, 0.6), (4, 0.8)]]
+    assert points_of(page, "Held-out top-1") == [[(4, 0.1)], [(4, 0.2)]]
+    text = text_of(page)
+    assert "r0 and r1 2 runs" in text and "optim.lr 0.1 0.2" in text and "betas" not in text
+    assert "top-1 10.0 % 20.0 %" in text and "src=" not in page
+    with pytest.raises(ValueError, match=r"1 run\(s\) to compare: name two to 4 run directories"):
+        write_comparison(paths[:1], tmp_path / "one.html")
