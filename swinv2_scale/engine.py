@@ -256,7 +256,8 @@ class Engine:
         for batch in micro_batches:
             value = loss(self._deepspeed, distributed.to_device(batch))
             self._deepspeed.backward(value)
-            self._deepspeed.step()
+            with torch.profiler.record_function("part: optimiser"):
+                self._deepspeed.step()
             total += value.detach()
             count += 1
         if count != self.accumulation:

@@ -32,6 +32,7 @@ from swinv2_scale.models.probe import BlockProbe
 from swinv2_scale.models.swin_v2 import PATCH
 from swinv2_scale.ops import native, selfcheck
 from swinv2_scale.optim import Schedule, parameter_groups
+from swinv2_scale.profile import Profiler
 from swinv2_scale.telemetry import RECORD, Telemetry
 from swinv2_scale.train import Evaluation, Task, evaluate, train
 
@@ -123,7 +124,11 @@ def training(cfg: Any) -> None:
         if start == 0 and cfg.evaluate_first:
             run.look(0)
             telemetry.resume_clock()
-        watch: dict[str, Any] = {"guard": guard, "heartbeat": heartbeat, "probe": probe}
+        watch: dict[str, Any] = {"guard": guard, "heartbeat": heartbeat, "probe": probe, "profiler": None}
+        if cfg.profile and distributed.rank() == 0:
+            images = cfg.global_batch // distributed.world_size()
+            tell = partial(telemetry.profiled, start)
+            watch["profiler"] = Profiler(run_dir, task.backbone(model), images=images, matmul_rate=rate, tell=tell)
         hooks: dict[str, Any] = {"look": run.look, "save": run.save, "saved": run.saved, "roll_back": run.roll_back}
         train(engine, task, stream, schedule, telemetry, start=start, stop=steps, **watch, **hooks, **intervals)
     except BaseException as error:  # Ctrl-C too

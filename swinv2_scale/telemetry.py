@@ -126,7 +126,8 @@ class Telemetry:
         batches = iter(stream)
         while True:
             before = time.monotonic()
-            batch = next(batches, None)
+            with torch.profiler.record_function("part: data"):
+                batch = next(batches, None)
             self._waited += time.monotonic() - before
             if batch is None:
                 return
@@ -168,6 +169,13 @@ class Telemetry:
         self.replaced(step, self._replaced)
         self._steps, self._losses, self._waited, self._replaced, self._reads = 0, [], 0.0, [], Counter()
         self._last = time.monotonic()
+
+    def profiled(self, step: int, parts: Sequence[tuple[str, float, float, float | None]]) -> None:
+        """Record and print what a profile found: part, seconds a step, share, share of the rate of matrix products."""
+        self.event("profile", step, parts={name: share for name, _, share, _ in parts})
+        for name, seconds, share, of_matmul in parts:
+            rate = "" if of_matmul is None else f"  {of_matmul:.0%} of the rate of matrix products"
+            self.say(f"profile  {name:14} {seconds * 1000:9.1f} ms a step  {share:6.1%}{rate}")
 
     def blocks(self, step: int, kinds: dict[str, list[float]]) -> None:
         """Record numbers of each block, by kind; see BlockProbe."""

@@ -17,6 +17,7 @@ from swinv2_scale.heartbeat import Heartbeat
 from swinv2_scale.models.probe import BlockProbe
 from swinv2_scale.models.swin_v2 import SwinTransformerV2
 from swinv2_scale.optim import Schedule
+from swinv2_scale.profile import Profiler
 from swinv2_scale.signals import Stopped
 from swinv2_scale.telemetry import Picture, Telemetry
 
@@ -66,6 +67,7 @@ def train(
     guard: Guard,
     heartbeat: Heartbeat,
     probe: BlockProbe,
+    profiler: Profiler | None,
     look: Callable[[int], None],
     save: Callable[[int, bool], None],
     saved: Callable[[], None],
@@ -83,6 +85,8 @@ def train(
         heartbeat.beat("training", step)
         # ------------------------------------------------------------------------------------------ the step
         probe.watching = due(step + 1, log_every, stop)
+        if profiler is not None:
+            profiler.before_step()
         result = engine.step(seeded(islice(batches, engine.accumulation)), task.loss, schedule(step))
         telemetry.step(result.loss, result.applied)
         done = step + 1

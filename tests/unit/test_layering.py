@@ -22,6 +22,7 @@ LAYERS = {
     "swinv2_scale.engine": 2,
     "swinv2_scale.optim": 2,
     "swinv2_scale.guard": 3,
+    "swinv2_scale.profile": 3,
     "swinv2_scale.heartbeat": 3,
     "swinv2_scale.telemetry": 3,
     "swinv2_scale.checkpoint": 3,

@@ -198,10 +198,12 @@ def test_a_record_becomes_one_wandb_run(tmp_path: Path) -> None:
     two_attempts(tmp_path)
     assert upload(tmp_path, mode="offline", project="p") == len(read_record(tmp_path))
     (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    records: list[Any] = []
+    deadline = time.monotonic() + 20  # wandb's own process may still be writing
+    while not any(found.HasField("exit") for found in records) and time.monotonic() < deadline:
+        records = [Record.FromString(message) for message in messages(file)]
     history, runs = [], []
-    for message in messages(file):
-        found = Record()
-        found.ParseFromString(message)
+    for found in records:
         if found.HasField("run"):
             runs.append(found.run.run_id)
         if found.HasField("history"):
