@@ -197,8 +197,10 @@ setup(
         "embed": embed,
         "export": export,
         "s3": s3,
+        "dashboard": ["wandb-workspaces>=0.4"],
         "tensorboard": ["tensorboard>=2.16"],
         "test": [
+            "wandb-workspaces>=0.4",
             "tensorboard>=2.16",
             "pytest>=8",
             "hypothesis>=6.100",

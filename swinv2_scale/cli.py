@@ -363,6 +363,11 @@ def _add_log(commands: Any) -> None:
     upload.add_argument("--project", default="swinv2-scale")
     upload.add_argument("--offline", action="store_true", help="write RUN_DIR/wandb only, for `wandb sync`")
     upload.set_defaults(run=_log_upload)
+    dashboard = actions.add_parser("dashboard", help="create the workspaces for pretraining and fine-tuning in wandb")
+    dashboard.add_argument("--entity", required=True, help="wandb's user or team")
+    dashboard.add_argument("--project", default="swinv2-scale")
+    dashboard.add_argument("--folder", type=Path, default=Path(), help="for their files where wandb is out of reach")
+    dashboard.set_defaults(run=_log_dashboard)
 
 
 def _log_upload(arguments: argparse.Namespace) -> int:
@@ -371,6 +376,13 @@ def _log_upload(arguments: argparse.Namespace) -> int:
     for run_dir in arguments.run_dir:
         lines = upload(run_dir, mode="offline" if arguments.offline else "online", project=arguments.project)
         print(f"{run_dir}: {lines} lines")
+    return 0
+
+
+def _log_dashboard(arguments: argparse.Namespace) -> int:
+    from swinv2_scale.dashboard import publish
+
+    print(*publish(entity=arguments.entity, project=arguments.project, folder=arguments.folder), sep="\n")
     return 0
 
 

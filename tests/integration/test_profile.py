@@ -8,10 +8,13 @@ from pathlib import Path
 import pytest
 from real_runs import Run
 
+from swinv2_scale.dashboard import PICTURES, WORKSPACES
+
 
 @pytest.mark.parametrize("memory", ["none", "block"])
 def test_a_run_says_where_its_time_goes(launch: Callable[..., Run], shards: Path, memory: str) -> None:
     data = [f"data.train={shards}/photographs/train", "epochs=null", "global_batch=20", "micro_batch=10"]
+    data.append(f"data.validation={shards}/photographs/validation")
     run = launch("run", *data, "steps=12", "profile=true", f"memory={memory}", ranks=2)
     assert run.returncode == 0, run.output
     assert len(run.losses()) == 12
@@ -38,5 +41,11 @@ def test_a_run_says_where_its_time_goes(launch: Callable[..., Run], shards: Path
     steps = [event["step_seconds"] for step, event in run.events("train").items() if 6 <= step <= 8]
     assert 0.3 < seconds / (sum(steps) / len(steps)) < 3
     assert json.loads((run.directory / "profile/trace.json").read_text())["traceEvents"]
+    logged = {f"{line['event']}/{key}" for line in run.record() for key, value in line.items() if value is not None}
+    panels = [keys for plots in WORKSPACES["pretraining"].values() for keys in plots.values()]
+    assert {key for keys in panels for key in keys} <= logged
+    assert PICTURES["pretraining"].removeprefix("pictures/") in {
+        line["name"] for line in run.events("pictures").values()
+    }
     (event,) = run.events("profile").values()
     assert event["parts"] == pytest.approx(shares) and "profile  attention" in run.output
