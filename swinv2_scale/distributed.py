@@ -1,10 +1,11 @@
 """Ranks, device and collectives. The only module that imports torch.distributed.
 
 `deepspeed`, `torchrun`, `srun python` and plain `python` all end here: the rank comes from RANK, else from
-SLURM_PROCID, else there is one process.
+SLURM_PROCID, else there is one process; the address of the first rank from MASTER_ADDR, else from the hosts of the step.
 """
 
 import os
+import re
 import socket
 import sys
 from collections.abc import Iterator
@@ -15,8 +16,9 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-# Rank, world and local rank, as the launchers of this list spell them, in order of preference.
-ENVIRONMENTS = (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"))
+# Rank, world and local rank, as the launchers spell them, in order of preference. Slurm's number of tasks is
+# that of the step: without srun, in a batch script or in the shell of an allocation, there is one process.
+ENVIRONMENTS = (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"))
 
 
 def rank() -> int:
@@ -32,6 +34,11 @@ def world_size() -> int:
 def local_rank() -> int:
     """Number of this process on its host, which is the number of its accelerator."""
     return _from_environment(2, default=0)
+
+
+def host() -> str:
+    """The name of this machine, as Slurm knows it if it runs under Slurm."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def device() -> torch.device:
@@ -52,7 +59,10 @@ def process_group(timeout_minutes: float) -> Iterator[None]:
     if world_size() == 1:
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", str(_free_port()))
-    elif "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
+    elif "SLURM_STEP_NODELIST" in os.environ and "SLURM_JOB_ID" in os.environ:
+        os.environ.setdefault("MASTER_ADDR", first_host(os.environ["SLURM_STEP_NODELIST"]))
+        os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ["SLURM_JOB_ID"]) % 10000))
+    if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
         raise ValueError("several ranks, but MASTER_ADDR and MASTER_PORT are not set: start with deepspeed or torchrun")
     # DeepSpeed reads these three itself and would look for MPI without them.
     os.environ.update(RANK=str(rank()), WORLD_SIZE=str(world_size()), LOCAL_RANK=str(local_rank()))
@@ -67,6 +77,11 @@ def process_group(timeout_minutes: float) -> Iterator[None]:
     yield
     dist.barrier()
     dist.destroy_process_group()
+
+
+def first_host(hosts: str) -> str:
+    """The first name of a list as Slurm writes it: "gpu[003-007,9]-ib,login" -> "gpu003-ib"."""
+    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", hosts).partition(",")[0]
 
 
 def end_process(code: int) -> NoReturn:
