@@ -136,7 +136,8 @@ def changes(cfg: DictConfig, copy: Path) -> list[str]:
 def help_text(config_name: str) -> str:
     """What can be set: the head of conf/{config_name}.yaml, the choices of each group, and the common knobs."""
     head = [line for line in (CONF / f"{config_name}.yaml").read_text().splitlines() if line.startswith("#")]
-    choices = [f"{g}= {' '.join(sorted(p.stem for p in (CONF / g).glob('[!_]*.yaml')))}" for g in _groups()]
+    groups = [group for group in _groups() if group != "cluster"]  # which is conf/submit.yaml's
+    choices = [f"{g}= {' '.join(sorted(p.stem for p in (CONF / g).glob('[!_]*.yaml')))}" for g in groups]
     return "\n".join([*head, "", *choices, "", (CONF / "_run.yaml").read_text()])
 
 

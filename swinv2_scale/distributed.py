@@ -1,7 +1,7 @@
 """Ranks, device and collectives. The only module that imports torch.distributed.
 
 `deepspeed`, `torchrun`, `srun python` and plain `python` all end here: the rank comes from RANK, else from
-SLURM_PROCID, else there is one process; the address of the first rank from MASTER_ADDR, else from the hosts of the step.
+SLURM_PROCID, else there is one process; the address of the first rank from MASTER_ADDR, else the first host.
 """
 
 import os

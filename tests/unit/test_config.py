@@ -54,7 +54,11 @@ GROUPS = sorted(p for p in config.CONF.glob("*/*.yaml") if p.parent.name != "exp
 
 @pytest.mark.parametrize("path", GROUPS, ids=lambda path: f"{path.parent.name}={path.stem}")
 def test_every_choice_composes(path: Path) -> None:
-    config.compose("pretrain", [*BASE, f"{path.parent.name}={path.stem}"])
+    choice = f"{path.parent.name}={path.stem}"
+    if path.parent.name == "cluster":
+        config.compose("submit", [choice, "cluster.accelerators=8", "cluster.time=0-01:00:00"])
+    else:
+        config.compose("pretrain", [*BASE, choice])
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,7 @@ LAYERS = {
     "swinv2_scale.train": 4,
     "swinv2_scale.tasks": 5,
     "swinv2_scale.run": 5,
+    "swinv2_scale.submit": 5,
     "swinv2_scale.cli": 6,
     "swinv2_scale": 6,
     "launch": 7,
