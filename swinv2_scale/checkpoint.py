@@ -17,10 +17,10 @@ import os
 import shutil
 import time
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from queue import SimpleQueue
-from threading import Thread
 from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
@@ -58,7 +58,10 @@ class Saver:
         if keep < 1 or keep_every < 0:
             raise ValueError(f"keep_checkpoints={keep} must be 1 or more, and keep_every={keep_every} 0 or more")
         self._run_dir, self._keep, self._keep_every = run_dir, keep, keep_every
-        self._thread: Thread | None = None
+        # One thread for all of them, which waits between: a process that forks (loading workers) while a thread ends
+        # may hand its child a lock that nobody releases.
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[None] | None = None
         self._finished: SimpleQueue[Saved] = SimpleQueue()
 
     def save(self, engine: Engine, *, step: int, state: dict[str, Any], metadata: dict[str, Any]) -> None:
@@ -77,13 +80,12 @@ class Saver:
         state = {"step": step, "updates": engine.updates, "loss_scale": engine.loss_scale.state, **state}
         stall = time.monotonic() - begin
         if distributed.rank() == 0:
-            self._thread = Thread(target=self._write, args=(step, tensors, state, stall), name=f"checkpoint {step}")
-            self._thread.start()
+            self._writing = self._thread.submit(self._write, step, tensors, state, stall)
 
     def wait(self) -> None:
         """Until nothing is being written. Only rank 0 ever waits."""
-        if self._thread is not None:
-            self._thread.join()
+        if self._writing is not None:
+            self._writing.result()
 
     def finished(self) -> list[Saved]:
         """The checkpoints that were finished since the last call; on ranks other than 0 none ever are."""
