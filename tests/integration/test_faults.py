@@ -90,7 +90,7 @@ def test_a_signal_to_one_rank_saves_once_and_the_run_goes_on(
     assert continued.losses() == whole.losses()
 
 
-@pytest.mark.parametrize(("meanwhile", "at"), [("saving", 4), ("evaluating", 6)])
+@pytest.mark.parametrize(("meanwhile", "at"), [("saving", 4), pytest.param("evaluating", 6, marks=pytest.mark.long)])
 def test_a_signal_while_saving_or_evaluating_waits_for_its_end(
     launch: Launch, shards: Path, meanwhile: str, at: int
 ) -> None:

@@ -11,7 +11,7 @@ from real_runs import Run
 from swinv2_scale.dashboard import PICTURES, WORKSPACES
 
 
-@pytest.mark.parametrize("memory", ["none", "block"])
+@pytest.mark.parametrize("memory", ["none", pytest.param("block", marks=pytest.mark.long)])
 def test_a_run_says_where_its_time_goes(launch: Callable[..., Run], shards: Path, memory: str) -> None:
     data = [f"data.train={shards}/photographs/train", "epochs=null", "global_batch=20", "micro_batch=10"]
     data.append(f"data.validation={shards}/photographs/validation")

@@ -83,7 +83,7 @@ def test_ranks_zero_stage_accumulation_and_launcher_do_not_matter(launch: Launch
     assert_equal(again.weights(), others["two_ranks_deepspeed"].weights())
 
 
-@pytest.mark.parametrize("policy", ["block", "offload"])
+@pytest.mark.parametrize("policy", ["block", pytest.param("offload", marks=pytest.mark.long)])
 def test_recomputation_is_bit_identical_in_training(launch: Launch, shards: Path, policy: str) -> None:
     settings = [*simmim(shards), "micro_batch=30", "model.drop_path_rate=0.3"]
     plain, recomputed = launch("plain", *settings), launch("recomputed", *settings, f"memory={policy}")
