@@ -16,7 +16,8 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -32,6 +33,8 @@ from swinv2_scale.data.manifest import sha256_of
 from swinv2_scale.engine import AVERAGE, Engine
 
 FOLDER = "checkpoints"
+HEADER = 2**22  # bytes that a file written tensor by tensor has for their names, shapes and places
+Part = tuple[Iterable[tuple[str, Tensor]], dict[str, str]]  # a file's tensors by name, and its metadata
 
 
 class Saved(NamedTuple):
@@ -51,12 +54,15 @@ class Saver:
     """Writes the checkpoints of a run, one at a time, in a thread of rank 0 while training goes on.
 
     The newest `keep` are kept, and those whose step is a multiple of keep_every (0: none). One that cannot be written
-    (a full disk) leaves those that were there untouched.
+    (a full disk) leaves those that were there untouched; except with keep 0, for disks that hold only one: then the
+    others are removed before the new one is written.
+
+    Where the engine's states lie on a disk because no memory holds them, training waits while they are copied.
     """
 
     def __init__(self, run_dir: Path, keep: int, keep_every: int = 0) -> None:
-        if keep < 1 or keep_every < 0:
-            raise ValueError(f"keep_checkpoints={keep} must be 1 or more, and keep_every={keep_every} 0 or more")
+        if keep < 0 or keep_every < 0:
+            raise ValueError(f"keep_checkpoints={keep} and keep_every={keep_every} must be 0 or more")
         self._run_dir, self._keep, self._keep_every = run_dir, keep, keep_every
         # One thread for all of them, which waits between: a process that forks (loading workers) while a thread ends
         # may hand its child a lock that nobody releases.
@@ -73,14 +79,20 @@ class Saver:
         begin = time.monotonic()
         self.wait()
         header = {key: json.dumps(value) for key, value in metadata.items()} | {"format": "pt"}
-        parts = {"model": (engine.parameters(), header), "optimizer": (engine.optimizer_state(), {"format": "pt"})}
+        parts: dict[str, Part] = {"model": (engine.parameters(), header)}
+        parts["optimizer"] = (engine.optimizer_state(), {"format": "pt"})
         if engine.has_averages:
             parts["ema"] = (engine.averages(), header)
-        tensors = {name: (_on_rank_0(gathered), header) for name, (gathered, header) in parts.items()}
         state = {"step": step, "updates": engine.updates, "loss_scale": engine.loss_scale.state, **state}
-        stall = time.monotonic() - begin
+        if engine.on_disk:  # no memory holds them all: training waits until they are written, one after the other
+            if distributed.rank() == 0:
+                self._write(step, dict(parts), state, begin, save_one_by_one)
+            for tensors, _ in parts.values():  # the other ranks' part; and what rank 0 could not write
+                deque(tensors, maxlen=0)
+            return
+        whole = {name: (_on_rank_0(tensors), header) for name, (tensors, header) in parts.items()}
         if distributed.rank() == 0:
-            self._writing = self._thread.submit(self._write, step, tensors, state, stall)
+            self._writing = self._thread.submit(self._write, step, whole, state, begin, save_file, time.monotonic())
 
     def wait(self) -> None:
         """Until nothing is being written. Only rank 0 ever waits."""
@@ -91,23 +103,51 @@ class Saver:
         """The checkpoints that were finished since the last call; on ranks other than 0 none ever are."""
         return [self._finished.get() for _ in range(self._finished.qsize())]
 
-    def _write(self, step: int, tensors: dict[str, tuple[dict, dict]], state: dict[str, Any], stall: float) -> None:
-        begin, problem = time.monotonic(), None
+    def _write(
+        self,
+        step: int,
+        parts: dict[str, Any],
+        state: dict[str, Any],
+        begin: float,
+        save: Callable[[Any, Path, dict[str, str]], None],
+        gathered: float | None = None,
+    ) -> None:
+        """Write what training began to save at `begin`, and waited for until `gathered`; None: until it is written."""
+        problem = None
         target = self._run_dir / FOLDER / f"step_{step:08d}"
         temporary = target.with_name(f".{target.name}.partial")
         try:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
-            while tensors:  # each file's tensors are given back as soon as they are written
-                name, (values, header) = tensors.popitem()
-                save_file(values, temporary / f"{name}.safetensors", header)
+            for path in _newest_first(self._run_dir) if self._keep == 0 else ():
+                shutil.rmtree(path)
+            while parts:  # each file's tensors are given back as soon as they are written
+                name, (tensors, header) = parts.popitem()
+                save(tensors, temporary / f"{name}.safetensors", header)
             (temporary / "state.json").write_text(json.dumps(state, indent=1))
             shutil.copy(self._run_dir / "config.yaml", temporary)
-            _publish(temporary, target, self._keep, self._keep_every)
+            _publish(temporary, target, max(self._keep, 1), self._keep_every)
         except (OSError, SafetensorError) as error:
             problem = str(error)
             shutil.rmtree(temporary, ignore_errors=True)
-        self._finished.put(Saved(step, target, problem, stall, time.monotonic() - begin))
+        end = time.monotonic()
+        self._finished.put(Saved(step, target, problem, (gathered or end) - begin, end - (gathered or begin)))
+
+
+def save_one_by_one(tensors: Iterable[tuple[str, Tensor]], path: Path, metadata: dict[str, str]) -> None:
+    """A safetensors file of float32 tensors that need not be in memory together; its header is filled in at the end."""
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    with path.open("wb") as file:
+        file.seek(8 + HEADER)
+        for name, tensor in tensors:
+            begin, end = end, end + 4 * tensor.numel()
+            header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [begin, end]}
+            file.write(tensor.contiguous().numpy().data)
+        text = json.dumps(header).encode().ljust(HEADER)  # the format pads with spaces
+        assert len(text) == HEADER, len(text)
+        file.seek(0)
+        file.write(len(text).to_bytes(8, "little") + text)
 
 
 def _on_rank_0(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:

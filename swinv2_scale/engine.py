@@ -7,6 +7,7 @@ float32: its own bf16 mode would cast logit_scale and the position bias too, whi
 """
 
 import importlib
+import math
 import os
 import re
 import warnings
@@ -19,7 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from swinv2_scale import distributed
+from swinv2_scale.mapped import MappedFile
 from swinv2_scale.optim import Lamb, LossScale
+from swinv2_scale.parallel import PRECISIONS
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed probes for accelerators, with warnings
@@ -32,94 +35,8 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_st
 # DeepSpeed calls collectives that torch has since renamed, and torch says so from every rank.
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Parameters that stay float32 whatever the precision: scales, the position bias network, norms.
 FLOAT32 = re.compile(r"(^|\.)(logit_scale|cpb_mlp\.\d+\.\w+|\w*norm\d?\.\w+)$")
-
-
-def batch_arithmetic(global_batch: int, micro_batch: int, world_size: int) -> int:
-    """Accumulation steps so that micro_batch · accumulation · world_size = global_batch.
-
-    Raises ValueError that proposes values when there is no such number.
-    """
-    if min(global_batch, micro_batch) < 1:
-        raise ValueError(f"global_batch={global_batch} and micro_batch={micro_batch} must be positive")
-    accumulation, rest = divmod(global_batch, micro_batch * world_size)
-    if rest == 0 and accumulation > 0:
-        return accumulation
-    lower = global_batch // (micro_batch * world_size) * micro_batch * world_size
-    proposals = [f"global_batch={lower}"] if lower else []
-    proposals.append(f"global_batch={lower + micro_batch * world_size}")
-    if global_batch % world_size == 0:
-        per_rank = global_batch // world_size
-        fitting = max(size for size in range(1, min(micro_batch, per_rank) + 1) if per_rank % size == 0)
-        proposals.append(f"micro_batch={fitting}")
-    raise ValueError(
-        f"global_batch={global_batch} is not micro_batch={micro_batch} x world size {world_size} x a whole number of "
-        f"accumulation steps. Try {' or '.join(proposals)}"
-    )
-
-
-def deepspeed_config(
-    *,
-    global_batch: int,
-    micro_batch: int,
-    world_size: int,
-    zero_stage: int,
-    precision: str,
-    gradient_clip: float,
-    reduce_bucket_size: int,
-    allgather_bucket_size: int,
-    overlap_comm: bool,
-) -> dict[str, Any]:
-    """The whole DeepSpeed configuration. Pure; nothing that matters is left to defaults, which have moved before.
-
-    Batches in images, bucket sizes in elements, gradient_clip is the largest global norm (0: no clipping).
-    Raises ValueError for impossible batch arithmetic and unknown stages or precisions.
-    """
-    if zero_stage not in (0, 1, 2, 3):
-        raise ValueError(f"parallel.zero_stage must be 0, 1, 2 or 3, got {zero_stage}")
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
-    if precision != "fp32" and zero_stage == 0:
-        raise ValueError(
-            f"precision={precision} needs the float32 master weights that ZeRO keeps: use parallel=zero1, which on one "
-            "rank takes the same memory, or precision=fp32"
-        )
-    return {
-        "train_batch_size": global_batch,
-        "train_micro_batch_size_per_gpu": micro_batch,
-        "gradient_accumulation_steps": batch_arithmetic(global_batch, micro_batch, world_size),
-        "gradient_clipping": gradient_clip,
-        "bf16": {"enabled": False},  # see the head of this file
-        "fp16": {"enabled": False, "loss_scale": 1.0},
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "communication_data_type": "fp32",
-        "prescale_gradients": False,
-        "zero_allow_untested_optimizer": True,
-        "zero_optimization": {
-            "stage": zero_stage,
-            # On CPU one of these two must be on, or ranks are not averaged (DeepSpeed issue 8382).
-            "contiguous_gradients": True,
-            "reduce_scatter": True,
-            "reduce_bucket_size": reduce_bucket_size,
-            "allgather_bucket_size": allgather_bucket_size,
-            "overlap_comm": overlap_comm,
-            **(STAGE_3 if zero_stage == 3 else {}),
-        },
-        "steps_per_print": 2**31,  # our telemetry reports
-        "wall_clock_breakdown": False,
-    }
-
-
-# ZeRO 3, in elements: how much of the next layers' weights is gathered ahead, and kept gathered in all.
-STAGE_3 = {
-    "stage3_prefetch_bucket_size": 50_000_000,
-    "stage3_max_live_parameters": 500_000_000,
-    "stage3_max_reuse_distance": 500_000_000,
-    "stage3_param_persistence_threshold": 0,  # which would keep small ones whole, in one buffer of one type
-    "sub_group_size": 1_000_000_000,
-}
 
 
 def optimizer(
@@ -198,6 +115,8 @@ class Engine:
 
     Parameters and optimiser states are read and written whole, by parameter name, whatever the ZeRO stage and the
     number of ranks. Reading them is collective: every rank must take part, in the same order.
+
+    `disk`, under ZeRO 3 on CPU ranks: where the float32 master weights and the optimiser's states live.
     """
 
     def __init__(
@@ -207,6 +126,7 @@ class Engine:
         make_optimizer: Callable[..., torch.optim.Optimizer],
         ds_config: dict[str, Any],
         ema_decay: float | None = None,
+        disk: MappedFile | None = None,
     ) -> None:
         # DeepSpeed would clone the world with torch's default timeout in place of the run's.
         deepspeed.utils.groups._WORLD_GROUP = distributed.world()
@@ -222,9 +142,11 @@ class Engine:
         if stage == 0:  # DeepSpeed would clip without telling the norm: `_examine` does it
             ds_config = {**ds_config, "gradient_clipping": 0.0}
         self._names = {parameter: name for name, parameter in model.named_parameters()}
-        self._deepspeed, *_ = deepspeed.initialize(
-            model=model, optimizer=make_optimizer(_one_type_each(groups, stage)), config=ds_config
-        )
+        self._disk = disk
+        with _states_on(disk):
+            self._deepspeed, *_ = deepspeed.initialize(
+                model=model, optimizer=make_optimizer(_one_type_each(groups, stage)), config=ds_config
+            )
         self._zero = stage > 0
         self._norm: Tensor | None = None
         self._base = self._deepspeed.optimizer.optimizer if self._zero else self._deepspeed.optimizer
@@ -313,6 +235,7 @@ class Engine:
         for parameter, name in self._trainable():
             value = safe_get_full_fp32_param(parameter) if self._zero else parameter.detach()
             yield name, _whole(value, parameter)
+            self._release()
 
     def optimizer_state(self) -> Iterator[tuple[str, Tensor]]:
         """Every optimiser state as (state.name, float32 on the CPU), for example exp_avg.norm.weight. Collective."""
@@ -320,6 +243,7 @@ class Engine:
             for key in self._state_keys:
                 if key != AVERAGE:
                     yield f"{key}.{name}", self._state(parameter, key)
+            self._release()
 
     @property
     def has_averages(self) -> bool:
@@ -344,6 +268,7 @@ class Engine:
                 if state is not None:
                     for key in self._state_keys:
                         self._set(target, state(f"{key}.{name}").to(distributed.device()), key)
+                self._release()
             for group in self._base.param_groups:
                 group["step"] = step  # where NVIDIA's counts
             for weights, values in self._base.state.items():
@@ -353,6 +278,7 @@ class Engine:
             if self.stage == 3:
                 for group in range(len(self._deepspeed.optimizer.fp16_groups)):
                     self._deepspeed.optimizer._reassign_or_swap_out_partitioned_parameters(group)
+                    self._release()
             elif self._zero:
                 self._deepspeed.optimizer.update_lp_params()
 
@@ -374,6 +300,15 @@ class Engine:
             finally:
                 for parameter in parameters:
                     parameter.ds_persist = False
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether the states are too large for memory: a checkpoint is then written from one tensor to the next."""
+        return self._disk is not None
+
+    def _release(self) -> None:
+        if self._disk is not None:
+            self._disk.release()
 
     def _trainable(self) -> Iterator[tuple[nn.Parameter, str]]:
         return ((parameter, name) for parameter, name in self._names.items() if parameter.requires_grad)
@@ -411,7 +346,8 @@ class Engine:
             state["step"] = torch.zeros((), device=parameter.device if fused else "cpu")
             if self._counts_in_python:
                 state["step"] = 0
-            state.update({key: torch.zeros_like(parameter) for key in self._state_keys})
+            for key in self._state_keys:
+                state[key] = self._disk.take(parameter.numel()) if self._disk else torch.zeros_like(parameter)
             if AVERAGE in state:
                 state[AVERAGE].copy_(parameter.detach())
         if self._zero and self.stage != 3:
@@ -437,18 +373,77 @@ def build_engine(
     precision: str,
     ds_config: dict[str, Any],
     ema_decay: float | None = None,
+    initial: Callable[[str], Tensor] | None = None,
+    disk: MappedFile | None = None,
 ) -> Engine:
-    """An Engine over parameter groups that carry weight_decay and lr_scale; `optimizer` is made of such groups.
+    """An Engine over parameter groups that carry names, weight_decay and lr_scale; `optimizer` is made of such groups.
 
-    The model is cast in place; the master weights keep the float32 values that it had. With `ema_decay` their
-    exponential moving average is kept beside them.
+    The model is cast in place, and the master weights start as `initial`, a function of their names (float32); without
+    it as the float32 values that the model had. One that was built on the meta device is given memory here, NaN
+    throughout until it has values: so a rank holds the weights in their training type, under ZeRO 3 its part of them,
+    and one float32 parameter at a time. With `ema_decay` the master weights' exponential moving average is kept beside
+    them.
     """
-    originals = {name: p.detach().clone() for name, p in model.named_parameters()} if precision != "fp32" else {}
+    on_meta = next(model.parameters()).is_meta
+    if initial is None and not on_meta and precision != "fp32":
+        initial = {name: p.detach().clone() for name, p in model.named_parameters()}.__getitem__
     cast(model, precision)
-    engine = Engine(model, groups, optimizer, ds_config, ema_decay)
-    if originals:
-        engine.load(originals.__getitem__, None, step=0)
+    if on_meta:
+        if ds_config["zero_optimization"]["stage"] == 3:
+            deepspeed.zero.Init(module=_Materialising(model), config_dict_or_path=ds_config)
+        else:
+            list(_Materialising(model).parameters())
+        parameters = dict(model.named_parameters())
+        groups = [{**group, "params": [parameters[name] for name in group["names"]]} for group in groups]
+    engine = Engine(model, groups, optimizer, ds_config, ema_decay, disk)
+    if initial is not None:
+        engine.load(initial, None, step=0)
     return engine
+
+
+class _Materialising(nn.Module):
+    """A model on the meta device whose parameters are given memory as they are asked for."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._model = [model]  # in a list, so that it is no submodule
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        for module in self._model[0].modules():
+            module.to_empty(device=distributed.device(), recurse=False)
+            for parameter in module.parameters(recurse=False):
+                nn.init.constant_(parameter, math.nan)
+                yield parameter
+
+
+@contextmanager
+def _states_on(disk: MappedFile | None) -> Iterator[None]:
+    """Within it DeepSpeed makes a ZeRO 3 whose float32 master weights lie in a file."""
+    if disk is None:
+        yield
+        return
+    usual, file = stage3.DeepSpeedZeroOptimizer_Stage3, disk
+
+    class OnDisk(usual):  # type: ignore[valid-type,misc]
+        def _create_fp32_partitions(self) -> None:
+            for weights in self.fp16_partitioned_groups_flat:
+                # Those that train in float32 are their own master weights, as with DeepSpeed.
+                master: Any = weights if weights.dtype == torch.float32 else file.take(weights.numel())
+                master.ds_id = len(self.fp32_partitioned_groups_flat)
+                master.requires_grad = True
+                self.fp32_partitioned_groups_flat.append(master)
+            for group in self.optimizer.param_groups:
+                group["params"] = []  # the step puts its sub-groups there, one after the other
+
+        def _release_sub_group(self, *arguments: Any) -> None:
+            super()._release_sub_group(*arguments)
+            file.release()
+
+    stage3.DeepSpeedZeroOptimizer_Stage3 = OnDisk
+    try:
+        yield
+    finally:
+        stage3.DeepSpeedZeroOptimizer_Stage3 = usual
 
 
 def _one_type_each(groups: list[dict[str, Any]], stage: int) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any, NoReturn, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from swinv2_scale import checkpoint, config, distributed, report, signals
 from swinv2_scale.data.manifest import Manifest, open_manifest
@@ -23,15 +23,18 @@ from swinv2_scale.data.mixture import Mixture, open_mixture
 from swinv2_scale.data.order import Order
 from swinv2_scale.data.sources import Reader
 from swinv2_scale.data.stream import Batch, Stream, evaluation_stream, training_stream
-from swinv2_scale.engine import PRECISIONS, Engine, build_engine, cast, deepspeed_config, optimizer
+from swinv2_scale.engine import Engine, build_engine, cast, optimizer
 from swinv2_scale.guard import Guard
 from swinv2_scale.heartbeat import Heartbeat
+from swinv2_scale.mapped import MappedFile
 from swinv2_scale.models import accounting, memory
-from swinv2_scale.models.convert import describe, load_checkpoint
+from swinv2_scale.models.convert import describe, fitted, load_checkpoint
+from swinv2_scale.models.initial import initial_values
 from swinv2_scale.models.probe import BlockProbe
 from swinv2_scale.models.swin_v2 import PATCH
 from swinv2_scale.ops import native, selfcheck
 from swinv2_scale.optim import Schedule, parameter_groups
+from swinv2_scale.parallel import PRECISIONS, deepspeed_config
 from swinv2_scale.profile import Profiler
 from swinv2_scale.telemetry import RECORD, Telemetry
 from swinv2_scale.train import Evaluation, Task, evaluate, train
@@ -226,20 +229,26 @@ def open_model(
         gradient_clip=cfg.optim.gradient_clip,
         **cfg.parallel,
     )
-    # 2  the model: fresh, or with the weights of another run
-    torch.manual_seed(cfg.seed)
-    model = task.build(cfg.model)
+    # 2  the model, without memory, and what it starts from: fresh weights, or those of another run
+    with torch.device("meta"):
+        model = task.build(cfg.model)
     resumable = checkpoint.latest(run_dir, telemetry.say)
-    if cfg.checkpoint and resumable is None:
-        load_checkpoint(model, start_weights(cfg.checkpoint))
+    initial = None if resumable is not None else starting_weights(cfg, model)
     # 3  memory policy, parameter groups, engine
     memory.apply(model, **cfg.memory)
-    probe = BlockProbe(task.backbone(model))
     optim = cfg.optim
     groups = parameter_groups(model, cfg.model.depths, weight_decay=optim.weight_decay, layer_decay=optim.layer_decay)
     engine = build_engine(
-        model, groups, optimizer=make, precision=cfg.precision, ds_config=ds_config, ema_decay=optim.ema_decay
+        model,
+        groups,
+        optimizer=make,
+        precision=cfg.precision,
+        ds_config=ds_config,
+        ema_decay=optim.ema_decay,
+        initial=initial,
+        disk=states_file(cfg.parallel),
     )
+    probe = BlockProbe(task.backbone(model))
     telemetry.say(f"optimiser: {engine.optimizer}")
     # 4  the state of this run
     start = 0
@@ -257,6 +266,24 @@ def open_model(
         config.write_copy(cfg, run_dir)
         (run_dir / "deepspeed.json").write_text(json.dumps(ds_config, indent=1) + "\n")
     return model, engine, probe, start
+
+
+def states_file(parallel: Any) -> MappedFile | None:
+    """Where this rank's part of the optimiser's states lives, if not in memory."""
+    if parallel.offload != "disk":
+        return None
+    if distributed.device().type != "cpu":
+        raise ValueError("parallel.offload=disk is for CPU ranks: on a GPU use parallel=zero1_host or zero3_nvme")
+    return MappedFile(Path(parallel.offload_path))
+
+
+def starting_weights(cfg: Any, model: nn.Module) -> Callable[[str], Tensor]:
+    """The float32 value that each parameter starts from, by name: of `checkpoint=`, else a fresh one."""
+    fresh = initial_values(model, depths=cfg.model.depths, scheme=cfg.model.weight_init, seed=cfg.seed)
+    if not cfg.checkpoint:
+        return fresh
+    tensors, _ = fitted(model, start_weights(cfg.checkpoint))
+    return lambda name: tensors[name].float() if name in tensors else fresh(name)
 
 
 def check_kernel(attention: str) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from swinv2_scale import config
-from swinv2_scale.engine import batch_arithmetic
+from swinv2_scale.parallel import batch_arithmetic
 
 SCRIPTS = ("pretrain", "finetune", "evaluate")
 OWN = re.compile(r"(cluster|nodes|array|preflight|restarts)(\.[\w.]+)?=")  # the settings of conf/submit.yaml

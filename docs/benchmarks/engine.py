@@ -16,17 +16,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import multiprocessing
 
 import swinv2_scale
-from swinv2_scale import distributed
+from swinv2_scale import config, distributed
 from swinv2_scale.checkpoint import Saver
-from swinv2_scale.engine import Engine, build_engine, deepspeed_config, optimizer
+from swinv2_scale.engine import Engine, build_engine, optimizer
 from swinv2_scale.guard import Guard
 from swinv2_scale.heartbeat import Heartbeat
 from swinv2_scale.optim import parameter_groups
+from swinv2_scale.parallel import deepspeed_config
 from swinv2_scale.planner import state_bytes
 
+PARALLEL = yaml.safe_load((config.CONF / "parallel/_common.yaml").read_text())
 ADAM: dict[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-8}
 BUCKET = 5_000_000  # elements
 GIB = 2**30
@@ -40,12 +43,9 @@ def build(size: str, *, stage: int = 1, layer_decay: float | None = None, make: 
         global_batch=distributed.world_size(),
         micro_batch=1,
         world_size=distributed.world_size(),
-        zero_stage=stage,
         precision="bf16",
         gradient_clip=5.0,
-        reduce_bucket_size=BUCKET,
-        allgather_bucket_size=BUCKET,
-        overlap_comm=False,
+        **PARALLEL | {"zero_stage": stage, "reduce_bucket_size": BUCKET, "allgather_bucket_size": BUCKET},
     )
     groups = parameter_groups(model, depths(model), weight_decay=0.05, layer_decay=layer_decay)
     if make is None:

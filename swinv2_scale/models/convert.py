@@ -92,14 +92,30 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def load_checkpoint(
     model: nn.Module, path: str | Path, *, pretrained_windows: Sequence[Sequence[int]] | None = None
 ) -> Report:
-    """Load weights into a SwinTransformerV2 or a SimMIM, in place, and say what became of them.
+    """Load weights into a SwinTransformerV2 or a SimMIM, in place, and say what became of them; see `fitted`.
+
+    What the file lacks stays fresh. The model is unchanged if the file is refused.
+    """
+    tensors, report = fitted(model, path, pretrained_windows=pretrained_windows)
+    own = dict(model.named_parameters())
+    with torch.no_grad():
+        for name in report.loaded:
+            own[name].copy_(tensors[name])
+    return report
+
+
+def fitted(
+    model: nn.Module, path: str | Path, *, pretrained_windows: Sequence[Sequence[int]] | None = None
+) -> tuple[dict[str, Tensor], Report]:
+    """A file's tensors as they fit a SwinTransformerV2 or a SimMIM, which may lie on the meta device; and a report.
 
     What OPTIONAL lists may be missing or of another shape: then it stays fresh, and a head with a warning. Transferred
     are: any window and image size, because the position bias is a function of coordinates, measured in units of the
     windows that the file was pretrained at (it says so in its metadata or its tables; `pretrained_windows` overrides,
-    one per stage); an absolute position embedding, bicubically; input channels, see `fit_channels`; and a head of
-    ImageNet-22K's 21,841 classes to ImageNet-1K's, see `fit_classes`. Raises ValueError for a file that cannot be
-    read, and for the checkpoint of another model, naming the first tensor that differs; the model is unchanged then.
+    one per stage), which the model is set to; an absolute position embedding, bicubically; input channels, see
+    `fit_channels`; and a head of ImageNet-22K's 21,841 classes to ImageNet-1K's, see `fit_classes`. Tensors of
+    safetensors files are mapped: they are read when they are used. Raises ValueError for a file that cannot be read,
+    and for the checkpoint of another model, naming the first tensor that differs.
     """
     tensors, metadata, report = read_released(Path(path))
     own = dict(model.named_parameters())
@@ -125,13 +141,10 @@ def load_checkpoint(
     if "head.weight" in report.missing and "head.weight" in tensors:
         kinds = f"{len(tensors['head.weight'])} classes, the model {len(own['head.weight'])}"
         report.warnings.append(f"the file has {kinds}: the head is fresh and must be trained")
-    with torch.no_grad():
-        for name in report.loaded:
-            own[name].copy_(tensors[name])
     transfer_windows(backbone, pretrained_windows or report.pretrained_windows, report)
     if distributed.rank() == 0:
         print(report, flush=True)
-    return report
+    return {name: tensors[name] for name in report.loaded}, report
 
 
 def read_released(path: Path) -> tuple[dict[str, Tensor], dict[str, str], Report]:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from swinv2_scale.models.initial import init_weights
 from swinv2_scale.models.position_bias import PositionBias
 from swinv2_scale.ops import cosine_window_attention
 from swinv2_scale.ops.windows import fit_window
@@ -173,8 +174,7 @@ class SwinTransformerV2(nn.Module):
     window_size and pretrained_window_size: an integer, a pair (rows, columns), or a list with one of either per stage.
     pretrained_window_size null: the windows that this model has at image_size. Windows larger than a feature map
     shrink to it at run time, per axis, so any image size can be passed to forward.
-    weight_init: "released" (norm1 and norm2 start at 0), or "research" (they start at 1e-5, and proj and fc2 are
-    scaled down by sqrt(2 · block number)).
+    weight_init: how fresh weights start, "released" or "research"; see initial.py.
     position_bias: how its coordinates are spaced, "log" or "linear" (position_bias.py).
     Raises ValueError for arguments that do not fit together.
     """
@@ -239,7 +239,8 @@ class SwinTransformerV2(nn.Module):
             self.layers.append(Stage(blocks, PatchMerging(self.widths[i]) if i < stages - 1 else None))
         self.norm = LayerNorm(self.widths[-1])
         self.head = nn.Linear(self.widths[-1], num_classes) if num_classes else nn.Identity()
-        init_weights(self, weight_init)
+        self.depths, self.weight_init = list(depths), weight_init
+        init_weights(self, depths=depths, scheme=weight_init)
 
     @property
     def windows(self) -> list[list[int]]:
@@ -288,43 +289,6 @@ class SwinTransformerV2(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """(B, in_channels, Y, X), any Y and X -> logits (B, num_classes), or pooled features when num_classes is 0."""
         return self.head(self.norm(self.forward_features(images)[-1]).mean(dim=(1, 2)))
-
-
-def init_weights(model: SwinTransformerV2, scheme: str) -> None:
-    """Initialise every parameter; whatever is forgotten here stays NaN and shows at the first forward.
-
-    linear weights, absolute_pos_embed   truncated normal, std 0.02
-    biases                               0
-    LayerNorm                            weight 1, bias 0; norm1 and norm2 of every block: weight and bias 0
-    logit_scale                          log 10
-    patch convolution                    PyTorch's default
-    scheme "research"                    norm1 and norm2 weights 1e-5; proj and fc2 weights / sqrt(2 · block number)
-    """
-    if scheme not in ("released", "research"):
-        raise ValueError(f"weight_init must be 'released' or 'research', got {scheme!r}")
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.fill_(math.nan)
-        for module in model.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, (nn.LayerNorm, nn.Conv2d)):
-                module.reset_parameters()
-            elif isinstance(module, WindowAttention):
-                module.logit_scale.fill_(math.log(10))
-                nn.init.zeros_(module.q_bias)
-                nn.init.zeros_(module.v_bias)
-        if model.absolute_pos_embed is not None:
-            nn.init.trunc_normal_(model.absolute_pos_embed, std=0.02)
-        for number, block in enumerate((block for blocks in model.blocks() for block in blocks), start=1):
-            for norm in (block.norm1, block.norm2):
-                nn.init.zeros_(norm.bias)
-                nn.init.constant_(norm.weight, 0.0 if scheme == "released" else 1e-5)
-            if scheme == "research":
-                block.attn.proj.weight.div_(math.sqrt(2 * number))
-                block.mlp.fc2.weight.div_(math.sqrt(2 * number))
 
 
 def per_stage(name: str, value: int | Sequence[int | Sequence[int]], stages: int) -> list[list[int]]:

@@ -7,16 +7,19 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from real_runs import free_port
 from torch import multiprocessing
 
 import swinv2_scale
-from swinv2_scale import distributed
-from swinv2_scale.engine import Engine, build_engine, deepspeed_config, optimizer
+from swinv2_scale import config, distributed
+from swinv2_scale.engine import Engine, build_engine, optimizer
 from swinv2_scale.models import memory
 from swinv2_scale.optim import parameter_groups
+from swinv2_scale.parallel import deepspeed_config
 
 DEPTHS = [1, 1, 2, 1]
+PARALLEL = yaml.safe_load((config.CONF / "parallel/_common.yaml").read_text())
 COMBINATIONS = [(0, "fp32"), *((stage, precision) for stage in (1, 2, 3) for precision in ("fp32", "bf16", "fp16"))]
 FAULTS = {"nan": math.nan, "inf": math.inf, "zero": 0.0}
 
@@ -32,12 +35,9 @@ def build(stage: int, precision: str) -> Engine:
         global_batch=8,
         micro_batch=2,
         world_size=2,
-        zero_stage=stage,
         precision=precision,
         gradient_clip=1.0,
-        reduce_bucket_size=10**6,
-        allgather_bucket_size=10**6,
-        overlap_comm=False,
+        **PARALLEL | {"zero_stage": stage, "reduce_bucket_size": 10**6, "allgather_bucket_size": 10**6},
     )
     make = optimizer("adamw", implementation="auto", zero_stage=stage, betas=(0.9, 0.999), eps=1e-8)
     groups = parameter_groups(model, DEPTHS, weight_decay=0.05, layer_decay=0.9)

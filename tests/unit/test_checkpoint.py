@@ -73,14 +73,14 @@ def test_every_so_many_steps_one_is_kept_for_good(tmp_path: Path) -> None:
         seal(tmp_path, step, keep=2, keep_every=300)
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert names == [f"step_{step:08d}" for step in (300, 600, 700)]
-    with pytest.raises(ValueError, match="keep_checkpoints=0 must be 1 or more, and keep_every=-1 0 or more"):
+    with pytest.raises(ValueError, match="keep_checkpoints=0 and keep_every=-1 must be 0 or more"):
         Saver(tmp_path, keep=0, keep_every=-1)
 
 
 class Trained:
     """As much of an engine as a checkpoint needs."""
 
-    has_averages, updates, loss_scale = True, 7, LossScale(1.0, grows=False)
+    has_averages, updates, loss_scale, on_disk = True, 7, LossScale(1.0, grows=False), False
 
     def parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
         yield "w", torch.ones(3)

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import swinv2_scale
-from swinv2_scale.engine import batch_arithmetic, cast, deepspeed_config
+from swinv2_scale.engine import cast
+from swinv2_scale.parallel import batch_arithmetic, deepspeed_config
 
 VALUES = {
     "global_batch": 64,
@@ -16,6 +17,12 @@ VALUES = {
     "reduce_bucket_size": 10,
     "allgather_bucket_size": 10,
     "overlap_comm": False,
+    "accumulate": "fp32",
+    "prefetch_bucket_size": 10,
+    "live_parameters": 10,
+    "sub_group_size": 10,
+    "offload": None,
+    "offload_path": None,
 }
 
 
@@ -61,6 +68,11 @@ def test_impossible_batches_propose_values(
         ({"precision": "int8"}, "precision must be one of fp32, bf16, fp16, got 'int8'"),
         ({"zero_stage": 0}, "use parallel=zero1"),
         ({"micro_batch": 0}, "must be positive"),
+        ({"accumulate": "fp16"}, "parallel.accumulate=fp16 must be fp32 or that of the weights, precision=bf16"),
+        ({"offload": "cloud"}, "offload must be null, host, nvme or disk, got 'cloud'"),
+        ({"offload": "host", "zero_stage": 0, "precision": "fp32"}, "of the states that ZeRO keeps"),
+        ({"offload": "nvme", "offload_path": "/nvme"}, r"needs parallel.zero_stage=3 \(it is 1\)"),
+        ({"offload": "disk", "zero_stage": 3}, r"parallel.offload_path \(it is None\)"),
     ],
 )
 def test_impossible_configurations_are_refused(change: dict, message: str) -> None:
