@@ -7,7 +7,7 @@ torchrun --nproc-per-node 8 launch/evaluate.py checkpoint=runs/mine data.validat
 import sys
 from functools import partial
 
-from swinv2_scale import run
+from swinv2_scale import evaluation, run
 
 if __name__ == "__main__":
-    run.main("evaluate", sys.argv[1:], partial(run.evaluation, argv=sys.argv[1:]))
+    run.main("evaluate", sys.argv[1:], partial(evaluation.evaluation, argv=sys.argv[1:]))

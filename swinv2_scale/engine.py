@@ -7,7 +7,6 @@ float32: its own bf16 mode would cast logit_scale and the position bias too, whi
 """
 
 import importlib
-import math
 import os
 import re
 import warnings
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from swinv2_scale import distributed
 from swinv2_scale.mapped import MappedFile
+from swinv2_scale.models.initial import Unfilled
 from swinv2_scale.optim import Lamb, LossScale
 from swinv2_scale.parallel import PRECISIONS
 
@@ -39,34 +39,44 @@ warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distri
 FLOAT32 = re.compile(r"(^|\.)(logit_scale|cpb_mlp\.\d+\.\w+|\w*norm\d?\.\w+)$")
 
 
+NAMES = ("adamw", "sgd", "lamb")
+IMPLEMENTATIONS = ("auto", "torch", "apex", "deepspeed")
+
+
 def optimizer(
-    name: str, *, implementation: str, zero_stage: int, betas: tuple[float, float], eps: float
+    name: str, *, implementation: str, zero_stage: int, offload: str | None, betas: tuple[float, float], eps: float
 ) -> Callable[..., torch.optim.Optimizer]:
     """What makes the optimiser `name` of parameter groups: adamw, sgd (betas[0] is its momentum), or lamb.
 
     Its learning rates are those that the engine sets. implementation, of AdamW: "torch" (fused), "apex" (NVIDIA's
-    FusedAdam), "deepspeed" (CPUAdam, compiled at first use), or "auto", which is NVIDIA's on a GPU where it is
-    installed, else torch's. Raises ValueError for what is unknown or not here; and for LAMB with ZeRO, which hands an
-    optimiser slices of many parameters at once, while LAMB scales the step of each parameter by its norm.
+    FusedAdam), "deepspeed" (CPUAdam, compiled at first use, for states in host memory), or "auto": DeepSpeed's for
+    states that are offloaded from a GPU or to nvme, NVIDIA's on a GPU where it is installed, else torch's. Raises
+    ValueError for what is unknown or not here; and for LAMB with ZeRO, which hands an optimiser slices of many
+    parameters at once, while LAMB scales the step of each parameter by its norm.
     """
-    if name not in ("adamw", "sgd", "lamb"):
-        raise ValueError(f"optim.name={name} is not one of adamw, sgd, lamb")
-    if implementation not in ("auto", "torch", "apex", "deepspeed"):
-        raise ValueError(f"optim.implementation={implementation} is not one of auto, torch, apex, deepspeed")
+    for key, value, known in (("name", name, NAMES), ("implementation", implementation, IMPLEMENTATIONS)):
+        if value not in known:
+            raise ValueError(f"optim.{key}={value} is not one of {', '.join(known)}")
     if implementation in ("apex", "deepspeed") and (name != "adamw" or zero_stage == 0):
         raise ValueError(
             f"optim.implementation={implementation} is one of AdamW under ZeRO, not of {name} with "
             f"parallel.zero_stage={zero_stage}: use optim.implementation=auto"
         )
+    if offload and (name != "adamw" or (offload == "nvme" and implementation not in ("auto", "deepspeed"))):
+        raise ValueError(
+            f"parallel.offload={offload} is not for optim.name={name} optim.implementation={implementation}: use "
+            "optim.name=adamw optim.implementation=auto"
+        )
     if name == "lamb" and zero_stage:
         raise ValueError(
             "optim.name=lamb needs whole parameters, which ZeRO divides: add parallel=zero0 precision=fp32"
         )
-    if name == "lamb":
-        return partial(Lamb, lr=0.0, betas=betas, eps=eps)
-    if name == "sgd":
-        return partial(torch.optim.SGD, lr=0.0, momentum=betas[0], fused=True)
+    if name != "adamw":
+        lamb = partial(Lamb, lr=0.0, betas=betas, eps=eps)
+        return lamb if name == "lamb" else partial(torch.optim.SGD, lr=0.0, momentum=betas[0], fused=True)
     on_gpu = distributed.device().type == "cuda"
+    if implementation == "auto" and (offload == "nvme" or (offload and on_gpu)):
+        implementation = "deepspeed"
     if implementation == "apex" or (implementation == "auto" and on_gpu and zero_stage):
         found = _apex_fused_adam()
         if isinstance(found, str) and implementation == "apex":
@@ -74,7 +84,7 @@ def optimizer(
         if not isinstance(found, str):
             return partial(found, lr=0.0, betas=betas, eps=eps, adam_w_mode=True)
     if implementation == "deepspeed":
-        if on_gpu:
+        if on_gpu and not offload:
             raise ValueError("optim.implementation=deepspeed is of states in host memory: use auto on a GPU")
         return partial(DeepSpeedCPUAdam, lr=0.0, betas=betas, eps=eps, adamw_mode=True)
     return partial(torch.optim.AdamW, lr=0.0, betas=betas, eps=eps, fused=True)
@@ -143,6 +153,8 @@ class Engine:
             ds_config = {**ds_config, "gradient_clipping": 0.0}
         self._names = {parameter: name for name, parameter in model.named_parameters()}
         self._disk = disk
+        if ema_decay is not None and "nvme" in str(ds_config["zero_optimization"].get("offload_optimizer")):
+            raise ValueError("optim.ema_decay is not kept with parallel.offload=nvme: set one of them to null")
         with _states_on(disk):
             self._deepspeed, *_ = deepspeed.initialize(
                 model=model, optimizer=make_optimizer(_one_type_each(groups, stage)), config=ds_config
@@ -277,7 +289,8 @@ class Engine:
                     values[AVERAGE].copy_(weights)
             if self.stage == 3:
                 for group in range(len(self._deepspeed.optimizer.fp16_groups)):
-                    self._deepspeed.optimizer._reassign_or_swap_out_partitioned_parameters(group)
+                    with self._swapped_in(group):
+                        self._deepspeed.optimizer._reassign_or_swap_out_partitioned_parameters(group)
                     self._release()
             elif self._zero:
                 self._deepspeed.optimizer.update_lp_params()
@@ -310,6 +323,17 @@ class Engine:
         if self._disk is not None:
             self._disk.release()
 
+    @contextmanager
+    def _swapped_in(self, sub_group: int) -> Iterator[None]:
+        """Within it the states of a sub-group of ZeRO 3 are in memory, wherever they are otherwise."""
+        zero = self._deepspeed.optimizer
+        swaps = self.stage == 3 and zero._swappable_optimizer_subgroup(sub_group)
+        if swaps:
+            zero._optimizer_states_and_gradient_swap_in(sub_group)
+        yield
+        if swaps:
+            zero._optimizer_states_and_gradient_swap_out(sub_group)
+
     def _trainable(self) -> Iterator[tuple[nn.Parameter, str]]:
         return ((parameter, name) for parameter, name in self._names.items() if parameter.requires_grad)
 
@@ -341,15 +365,16 @@ class Engine:
             weights = list(self._deepspeed.optimizer.fp32_partitioned_groups_flat)
         else:
             weights = [parameter for group in self._base.param_groups for parameter in group["params"]]
-        for parameter in weights:
-            state = self._base.state[parameter]
-            state["step"] = torch.zeros((), device=parameter.device if fused else "cpu")
-            if self._counts_in_python:
-                state["step"] = 0
-            for key in self._state_keys:
-                state[key] = self._disk.take(parameter.numel()) if self._disk else torch.zeros_like(parameter)
-            if AVERAGE in state:
-                state[AVERAGE].copy_(parameter.detach())
+        for number, parameter in enumerate(weights):
+            with self._swapped_in(number):
+                state = self._base.state[parameter]
+                state["step"] = torch.zeros((), device=parameter.device if fused else "cpu")
+                if self._counts_in_python:
+                    state["step"] = 0
+                for key in self._state_keys:
+                    state[key] = self._disk.take(parameter.numel()) if self._disk else torch.zeros_like(parameter)
+                if AVERAGE in state:
+                    state[AVERAGE].copy_(parameter.detach())
         if self._zero and self.stage != 3:
             self._deepspeed.optimizer._lazy_init_hp_params_optimizer_state()
 
@@ -390,30 +415,15 @@ def build_engine(
     cast(model, precision)
     if on_meta:
         if ds_config["zero_optimization"]["stage"] == 3:
-            deepspeed.zero.Init(module=_Materialising(model), config_dict_or_path=ds_config)
+            deepspeed.zero.Init(module=Unfilled(model, distributed.device()), config_dict_or_path=ds_config)
         else:
-            list(_Materialising(model).parameters())
+            list(Unfilled(model, distributed.device()).parameters())
         parameters = dict(model.named_parameters())
         groups = [{**group, "params": [parameters[name] for name in group["names"]]} for group in groups]
     engine = Engine(model, groups, optimizer, ds_config, ema_decay, disk)
     if initial is not None:
         engine.load(initial, None, step=0)
     return engine
-
-
-class _Materialising(nn.Module):
-    """A model on the meta device whose parameters are given memory as they are asked for."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self._model = [model]  # in a list, so that it is no submodule
-
-    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
-        for module in self._model[0].modules():
-            module.to_empty(device=distributed.device(), recurse=False)
-            for parameter in module.parameters(recurse=False):
-                nn.init.constant_(parameter, math.nan)
-                yield parameter
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """A run: configuration -> model, stream, engine -> loop -> checkpoints and records."""
 
 import contextlib
-import csv
 import fcntl
 import json
 import math
@@ -23,12 +22,12 @@ from swinv2_scale.data.mixture import Mixture, open_mixture
 from swinv2_scale.data.order import Order
 from swinv2_scale.data.sources import Reader
 from swinv2_scale.data.stream import Batch, Stream, evaluation_stream, training_stream
-from swinv2_scale.engine import Engine, build_engine, cast, optimizer
+from swinv2_scale.engine import Engine, build_engine, optimizer
 from swinv2_scale.guard import Guard
 from swinv2_scale.heartbeat import Heartbeat
 from swinv2_scale.mapped import MappedFile
 from swinv2_scale.models import accounting, memory
-from swinv2_scale.models.convert import describe, fitted, load_checkpoint
+from swinv2_scale.models.convert import fitted
 from swinv2_scale.models.initial import initial_values
 from swinv2_scale.models.probe import BlockProbe
 from swinv2_scale.models.swin_v2 import PATCH
@@ -37,7 +36,7 @@ from swinv2_scale.optim import Schedule, parameter_groups
 from swinv2_scale.parallel import PRECISIONS, deepspeed_config
 from swinv2_scale.profile import Profiler
 from swinv2_scale.telemetry import RECORD, Telemetry
-from swinv2_scale.train import Evaluation, Task, evaluate, train
+from swinv2_scale.train import Task, evaluate, train
 
 T = TypeVar("T")
 LOCKS: list[IO[str]] = []
@@ -219,8 +218,14 @@ def open_model(
 ) -> tuple[nn.Module, Engine, BlockProbe, int]:
     """The model, the engine that trains it, what looks into it, and the steps that it has been trained for."""
     # 1  the optimiser, and what DeepSpeed is told; impossible batches end here
-    settings = {"zero_stage": cfg.parallel.zero_stage, "betas": tuple(cfg.optim.betas), "eps": cfg.optim.eps}
-    make = optimizer(cfg.optim.name, implementation=cfg.optim.implementation, **settings)
+    make = optimizer(
+        cfg.optim.name,
+        implementation=cfg.optim.implementation,
+        zero_stage=cfg.parallel.zero_stage,
+        offload=cfg.parallel.offload,
+        betas=tuple(cfg.optim.betas),
+        eps=cfg.optim.eps,
+    )
     ds_config = deepspeed_config(
         global_batch=cfg.global_batch,
         micro_batch=cfg.micro_batch,
@@ -321,57 +326,6 @@ def open_stream(cfg: Any, task: Task, data: Mixture, order: Order, start: int, s
         stop_step=stop,
         max_corrupt_share=cfg.max_corrupt_share,
     )
-
-
-def evaluation(cfg: Any, argv: Sequence[str]) -> None:
-    """Evaluate the weights of `checkpoint` on data.validation: run_dir/evaluation.json and run_dir/per_class.csv."""
-    if not cfg.checkpoint or not cfg.data.validation:
-        raise ValueError(
-            "evaluation needs checkpoint=RUN_DIR (or a file of weights) and data.validation=SHARDS_OR_FOLDER"
-        )
-    # 1  the model: as the file says, as far as the command line does not
-    file = start_weights(cfg.checkpoint)
-    found, _ = describe(file)
-    cfg, origin = config.compose_saved("evaluate", argv, found.arguments, list(found.ambiguous))
-    print_on_rank_0(origin)
-    task: Task = config.instantiate(cfg.task)
-    model = task.build(cfg.model)
-    loaded = load_checkpoint(model, file)
-    if loaded.missing:
-        raise ValueError(
-            f"checkpoint {file} has no {', '.join(loaded.missing)} of this shape, which would be evaluated untrained: "
-            "set model.num_classes to that of the file, or task= to what it was trained for"
-        )
-    cast(model, cfg.precision)
-    model.to(distributed.device())
-    # 2  the data
-    held_out = open_held_out(cfg, task)
-    assert held_out is not None
-    stream, manifest = held_out
-    task.check_classes(loaded.classes, manifest.classes, highest_label=manifest.highest_label)
-    # 3  the result
-    outcome = evaluate(model, task, stream, len(manifest))
-    result: dict[str, Any] = {"checkpoint": str(file), "data": str(cfg.data.validation), "data_hash": manifest.hash}
-    result |= {**outcome.means, "samples": outcome.samples, "images_per_second": outcome.images_per_second}
-    result["settings"] = {**task.settings, "precision": cfg.precision, "ranks": distributed.world_size()}
-    result["replaced"] = [name for names in distributed.gathered(stream.corrupt.names) for name in names]
-    if distributed.rank() == 0:
-        run_dir = Path(cfg.run_dir)
-        run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n")
-        if task.num_classes:
-            write_per_class(run_dir / "per_class.csv", task, outcome, manifest.classes or loaded.classes)
-    print_on_rank_0(json.dumps(result, indent=1))
-
-
-def write_per_class(path: Path, task: Task, outcome: Evaluation, names: Sequence[str]) -> None:
-    """A line for each class: number, name (empty if unknown), samples, and the metrics (empty without samples)."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        lines = csv.writer(file, lineterminator="\n")
-        lines.writerow(["class", "name", "samples", *task.metrics])
-        for number, (samples, *sums) in enumerate(outcome.per_class.tolist()):
-            means = [f"{value / samples:.6g}" if samples else "" for value in sums]
-            lines.writerow([number, names[number] if names else "", int(samples), *means])
 
 
 def look_at(

@@ -49,7 +49,7 @@ def build(size: str, *, stage: int = 1, layer_decay: float | None = None, make: 
     )
     groups = parameter_groups(model, depths(model), weight_decay=0.05, layer_decay=layer_decay)
     if make is None:
-        make = optimizer("adamw", implementation="torch", zero_stage=stage, **ADAM)
+        make = optimizer("adamw", implementation="torch", zero_stage=stage, offload=None, **ADAM)
     return build_engine(model, groups, optimizer=make, precision="bf16", ds_config=ds_config, **changes)
 
 

@@ -15,6 +15,10 @@ from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
+# PIL imports the readers of its formats when it meets them. Loading processes are forked, perhaps while another thread
+# of the run imports something (wandb imports PIL too): the lock of such an import would stay locked in them for ever.
+Image.init()
+
 MARGIN = 1.5  # at less, differences from decoding whole can be seen
 _RESAMPLING = {
     InterpolationMode.BILINEAR: Image.Resampling.BILINEAR,

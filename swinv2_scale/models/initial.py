@@ -6,7 +6,7 @@ So a model that no machine holds whole in float32 can be given its weights a par
 import hashlib
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -80,3 +80,18 @@ def init_weights(model: nn.Module, *, depths: Sequence[int], scheme: str) -> Non
         for name, parameter in model.named_parameters():
             if not parameter.is_meta:
                 parameter.copy_(initial(name))
+
+
+class Unfilled(nn.Module):
+    """A model on the meta device whose parameters are given memory, full of NaN, one by one as they are asked for."""
+
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        super().__init__()
+        self._modules_of, self._device = model.modules, device
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        for module in self._modules_of():
+            module.to_empty(device=self._device, recurse=False)
+            for parameter in module.parameters(recurse=False):
+                nn.init.constant_(parameter, math.nan)
+                yield parameter

@@ -39,7 +39,7 @@ def build(stage: int, precision: str) -> Engine:
         gradient_clip=1.0,
         **PARALLEL | {"zero_stage": stage, "reduce_bucket_size": 10**6, "allgather_bucket_size": 10**6},
     )
-    make = optimizer("adamw", implementation="auto", zero_stage=stage, betas=(0.9, 0.999), eps=1e-8)
+    make = optimizer("adamw", implementation="auto", zero_stage=stage, offload=None, betas=(0.9, 0.999), eps=1e-8)
     groups = parameter_groups(model, DEPTHS, weight_decay=0.05, layer_decay=0.9)
     return build_engine(model, groups, optimizer=make, precision=precision, ds_config=ds_config, ema_decay=0.9)
 

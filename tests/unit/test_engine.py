@@ -36,12 +36,19 @@ def engine(
     device: str = "cpu",
     initial: Callable[[str], torch.Tensor] | None = None,
     disk: MappedFile | None = None,
+    embed_dim: int = 16,
     **parallel: Any,
 ) -> Engine:
     torch.manual_seed(0)
     with torch.device(device):
         model = swinv2_scale.create_model(
-            "debug", embed_dim=16, depths=DEPTHS, num_heads=[1, 2, 2, 4], image_size=64, window_size=4, num_classes=5
+            "debug",
+            embed_dim=embed_dim,
+            depths=DEPTHS,
+            num_heads=[1, 2, 2, 4],
+            image_size=64,
+            window_size=4,
+            num_classes=5,
         )
     ds_config = deepspeed_config(
         global_batch=2 * accumulation,
@@ -52,7 +59,7 @@ def engine(
         **PARALLEL | {"zero_stage": stage, "reduce_bucket_size": 10**6, "allgather_bucket_size": 10**6} | parallel,
     )
     groups = parameter_groups(model, DEPTHS, weight_decay=0.05, layer_decay=0.9)
-    make = optimizer(name, implementation=implementation, zero_stage=stage, **ADAM)
+    make = optimizer(name, implementation=implementation, zero_stage=stage, offload=parallel.get("offload"), **ADAM)
     more: dict[str, Any] = {"ema_decay": ema_decay, "initial": initial, "disk": disk}
     return build_engine(model, groups, optimizer=make, precision=precision, ds_config=ds_config, **more)
 
@@ -229,11 +236,13 @@ def test_lamb_takes_steps_of_the_weights_own_length() -> None:
         ({"implementation": "apex"}, "optim.implementation=apex: the package apex is not here, not NVIDIA's"),
         ({"implementation": "apex", "zero_stage": 0}, r"apex is one of AdamW under ZeRO, not of adamw with .*stage=0"),
         ({"implementation": "deepspeed", "name": "sgd"}, "deepspeed is one of AdamW under ZeRO, not of sgd"),
+        ({"offload": "host", "name": "sgd"}, "offload=host is not for optim.name=sgd"),
+        ({"offload": "nvme", "implementation": "torch"}, "offload=nvme is not for .* optim.implementation=torch"),
     ],
 )
 def test_optimisers_that_cannot_be(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        optimizer(**{"name": "adamw", "implementation": "auto", "zero_stage": 1, **ADAM, **settings})
+        optimizer(**{"name": "adamw", "implementation": "auto", "zero_stage": 1, "offload": None, **ADAM, **settings})
 
 
 class FusedAdam(torch.optim.AdamW):
@@ -398,22 +407,29 @@ def test_a_disk_without_room_is_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_states_in_host_memory_change_nothing(stage: int) -> None:
     usual, offloaded = engine(stage, "bf16"), engine(stage, "bf16", offload="host")
-    within = 1e-4 if stage == 3 else 1e-5  # there gradients are normed, for clipping, in the weights' type
-    assert_same_steps(offloaded, usual, within)
+    # ZeRO 3 sums the squares of gradients, for clipping, in another order; bfloat16 makes more of the difference.
+    assert_same_steps(offloaded, usual, within=1e-4 if stage == 3 else 1e-5)
     resumed = engine(stage, "bf16", offload="host")
     states = dict(offloaded.optimizer_state())
     resumed.load(dict(offloaded.parameters()).__getitem__, states.__getitem__, step=offloaded.updates)
     assert_same_steps(resumed, offloaded)
 
 
+@pytest.mark.long  # compiles for one to two minutes
 def test_states_on_nvme_change_nothing(tmp_path: Path) -> None:
-    usual = engine(3, "bf16")
-    offloaded = engine(3, "bf16", offload="nvme", offload_path=str(tmp_path))
-    assert_same_steps(offloaded, usual)
-    resumed = engine(3, "bf16", offload="nvme", offload_path=str(tmp_path))
+    settings: dict[str, Any] = {"embed_dim": 32, "sub_group_size": 300_000}  # DeepSpeed swaps pieces of a megabyte
+    nvme = settings | {"offload": "nvme", "offload_path": str(tmp_path)}
+    usual = engine(3, "bf16", implementation="deepspeed", **settings, offload="host")
+    offloaded = engine(3, "bf16", **nvme)
+    assert "CPUAdam" in offloaded.optimizer
+    assert_equal_runs(usual, offloaded)
+    assert any(path.is_file() for path in tmp_path.rglob("*"))
+    resumed = engine(3, "bf16", **nvme)
     states = dict(offloaded.optimizer_state())
     resumed.load(dict(offloaded.parameters()).__getitem__, states.__getitem__, step=offloaded.updates)
-    assert_same_steps(resumed, offloaded)
+    assert_equal_runs(resumed, offloaded)
+    with pytest.raises(ValueError, match="optim.ema_decay is not kept with parallel.offload=nvme"):
+        engine(3, "bf16", **nvme, ema_decay=0.9)
 
 
 def assert_equal_runs(first: Engine, second: Engine) -> None:

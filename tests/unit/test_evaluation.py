@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from swinv2_scale import config
-from swinv2_scale.run import write_per_class
+from swinv2_scale.evaluation import write_per_class
 from swinv2_scale.train import Evaluation, evaluate
 
 BASE = ["data.validation=somewhere"]
