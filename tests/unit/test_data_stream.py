@@ -2,6 +2,9 @@
 
 import io
 import multiprocessing
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -300,3 +303,39 @@ def test_memory_stays_flat_over_epochs(make):
             resident[step] = [int(Path(place, "statm").read_text().split()[1]) * 4096 for place in (own, *workers)]
     assert len(resident[20]) == len(resident[178]) >= 2
     assert max(after - before for before, after in zip(resident[20], resident[178], strict=True)) < 4e6, resident
+
+
+WORKER = """
+import sys
+from pathlib import Path
+import swinv2_scale.run
+from swinv2_scale.data.manifest import open_manifest
+from swinv2_scale.data.mixture import Mixture
+from swinv2_scale.data.stream import training_stream
+from test_data_stream import classification
+
+data = Mixture((open_manifest(sys.argv[1]),), open_shards=2)
+transform, before = classification(), set(sys.modules)
+
+def watched(sample):
+    transform(sample)
+    new = (name for name in set(sys.modules) - before if not name.startswith("multiprocessing."))  # to start them
+    return {**sample, "imported": sorted(new)}
+
+def collate(samples):
+    return {name: [sample[name] for sample in samples] for name in ("key", "corrupt", "reads", "imported")}
+
+settings = {"micro_batch": 13, "rank": 0, "world_size": 1, "workers": 1, "max_corrupt_share": 1.0}
+order = data.order(seed=3, global_batch=13)
+stream = training_stream(data, order, watched, collate, start_step=0, stop_step=1, **settings)
+print(*next(iter(stream))["imported"][-1])
+"""
+
+
+def test_loading_processes_import_nothing(make: MakeManifest) -> None:
+    """They are forked while other threads of the run may import, whose locks nobody would release in them."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    command = [sys.executable, "-c", WORKER, str(make().root)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == []

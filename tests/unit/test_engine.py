@@ -428,7 +428,7 @@ def test_states_on_nvme_change_nothing(tmp_path: Path) -> None:
     states = dict(offloaded.optimizer_state())
     resumed.load(dict(offloaded.parameters()).__getitem__, states.__getitem__, step=offloaded.updates)
     assert_equal_runs(resumed, offloaded)
-    with pytest.raises(ValueError, match="optim.ema_decay is not kept with parallel.offload=nvme"):
+    with pytest.raises(ValueError, match=r"optim.ema_decay is not kept with parallel.offload=nvme"):
         engine(3, "bf16", **nvme, ema_decay=0.9)
 
 
