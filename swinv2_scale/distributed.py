@@ -69,8 +69,8 @@ def process_group(timeout_minutes: float) -> Iterator[None]:
     if device().type == "cuda":
         torch.cuda.set_device(device())
         os.environ["LOCAL_RANK"] = str(device().index)
-    else:  # ranks of one host share its cores
-        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+    else:  # ranks of one host share its cores; torchrun and DeepSpeed say how many they are
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size())
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
     backend = "nccl" if device().type == "cuda" else "gloo"
     dist.init_process_group(backend, rank=rank(), world_size=world_size(), timeout=timedelta(minutes=timeout_minutes))

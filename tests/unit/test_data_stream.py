@@ -2,6 +2,9 @@
 
 import io
 import multiprocessing
+import os
+import signal
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -300,3 +303,20 @@ def test_memory_stays_flat_over_epochs(make):
             resident[step] = [int(Path(place, "statm").read_text().split()[1]) * 4096 for place in (own, *workers)]
     assert len(resident[20]) == len(resident[178]) >= 2
     assert max(after - before for before, after in zip(resident[20], resident[178], strict=True)) < 4e6, resident
+
+
+def test_loading_processes_outlast_signals_but_obey_their_parent(make: MakeManifest) -> None:
+    """Slurm signals them together with their rank, which needs them for its last step."""
+    stream = evaluation_stream(
+        make(), classification(), collate, seed=0, batch=2, rank=0, world_size=1, workers=1, max_corrupt_share=0.0
+    )
+    batches = iter(stream)
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    for name in ("TERM", "USR2"):
+        subprocess.run(["sh", "-c", f"kill -{name} {worker.pid}; sleep 0.2"], check=True)
+    assert len(list(batches)) == SAMPLES // 2 - 1 and worker.is_alive()
+    assert worker.pid is not None
+    os.kill(worker.pid, signal.SIGTERM)
+    worker.join(timeout=5)
+    assert not worker.is_alive()
