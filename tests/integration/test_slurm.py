@@ -248,7 +248,7 @@ def test_stages_of_an_array_follow_each_other(cluster: Cluster, home: Path, shar
     ("settings", "message"),
     [
         (["cluster.partition=gpu"], r"cluster.partition=gpu does not exist: choose one of batch \(4 nodes\), urgent"),
-        (["nodes=10"], "nodes=10 are more than the 4 of the default partition: batch"),
+        (["nodes=10", "micro_batch=2"], "nodes=10 are more than the 4 of the default partition: batch"),
         (["cluster.time=???"], "needs a value for cluster.time: add cluster.time=…"),
         (["run_dir=/proc/nowhere"], "run_dir=/proc/nowhere cannot be written"),
         (["cluster.constraint=a100"], "sbatch refuses: .* Invalid feature specification"),
