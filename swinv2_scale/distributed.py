@@ -36,6 +36,11 @@ def local_rank() -> int:
     return _from_environment(2, default=0)
 
 
+def ranks_here() -> int:
+    """Processes of the run on this host, as torchrun or DeepSpeed says; all of them where nobody does."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size())
+
+
 def host() -> str:
     """The name of this machine, as Slurm knows it if it runs under Slurm."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
@@ -70,8 +75,7 @@ def process_group(timeout_minutes: float) -> Iterator[None]:
         torch.cuda.set_device(device())
         os.environ["LOCAL_RANK"] = str(device().index)
     else:  # ranks of one host share its cores
-        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here()))
     backend = "nccl" if device().type == "cuda" else "gloo"
     dist.init_process_group(backend, rank=rank(), world_size=world_size(), timeout=timedelta(minutes=timeout_minutes))
     yield

@@ -4,7 +4,9 @@ A handler only notes the signal. The loop asks at the end of each step, all rank
 rank is one checkpoint of one step, whatever the rank was doing.
 """
 
+import os
 import signal
+from threading import Thread
 from types import FrameType
 
 STOPPING = (signal.SIGUSR2, signal.SIGTERM)  # not SIGUSR1, which NCCL uses
@@ -23,6 +25,16 @@ def listen() -> None:
         signal.signal(number, _note)
 
 
+def outlast() -> None:
+    """Let this process, which works for a rank, live on until its parent ends it.
+
+    Slurm signals every process of a job: without its loading processes, the rank could not finish its step and save.
+    """
+    if hasattr(signal, "sigwaitinfo"):  # which macOS has not, nor Slurm
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+        Thread(target=_await_parent, daemon=True).start()
+
+
 def received() -> bool:
     """Whether one has come to this rank."""
     return bool(_received)
@@ -30,3 +42,9 @@ def received() -> bool:
 
 def _note(number: int, _: FrameType | None) -> None:
     _received.append(number)
+
+
+def _await_parent() -> None:
+    while signal.sigwaitinfo(STOPPING).si_pid != os.getppid():
+        pass
+    os._exit(0)

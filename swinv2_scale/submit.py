@@ -6,6 +6,7 @@ here, on the login node, as far as it can be known there.
 
 RUN_DIR/slurm/STAGE.sbatch    the script, as submitted
 RUN_DIR/slurm/JOB.log         what it printed, of all starts
+RUN_DIR/slurm/JOB.killed      the newest checkpoint each time that tasks of the job were killed
 RUN_DIR/slurm/excluded.txt    hosts that the preflight named, one a line; later jobs of this run leave them out too
 """
 
@@ -23,7 +24,7 @@ from swinv2_scale import config
 from swinv2_scale.parallel import batch_arithmetic
 
 SCRIPTS = ("pretrain", "finetune", "evaluate")
-OWN = re.compile(r"(cluster|nodes|array|preflight|restarts)(\.[\w.]+)?=")  # the settings of conf/submit.yaml
+OWN = re.compile(r"(cluster|nodes|array|preflight|restarts|kills)(\.[\w.]+)?=")  # the settings of conf/submit.yaml
 INDEX = "%a"  # in settings of an array: the job's number in it
 
 
@@ -122,14 +123,21 @@ def render(job_cfg: Any, cfg: Any, command: Sequence[str], exclude: Sequence[str
             "tasks() {",
             f'    srun {shlex.join(srun)} {python} "$@"',
             "}",
-            AGAIN.format(restarts=job_cfg.restarts),
-            *([PREFLIGHT.format(codes=_codes(cluster))] if job_cfg.preflight else []),
+            AGAIN.format(
+                restarts=job_cfg.restarts,
+                kills=job_cfg.kills,
+                requeue="|".join(map(str, cluster.requeue_codes)) or "none",
+                killed="|".join(map(str, cluster.killed_codes)) or "none",
+            ),
+            *([PREFLIGHT] if job_cfg.preflight else []),
             " ".join(["tasks", *(_word(part, array) for part in command)]),
-            FINISH.format(codes=_codes(cluster)),
+            "finish $?\n",
         ]
     )
 
 
+# What follows a start that did not end with 0. Some ranks can be killed because others crashed, so a killed task alone
+# does not tell whether another start is worth it: checkpoints do.
 AGAIN = """
 again() {{  # the same job once more, in the same run directory
     if [ "${{SLURM_RESTART_COUNT:-0}}" -ge {restarts} ]; then
@@ -138,6 +146,22 @@ again() {{  # the same job once more, in the same run directory
     fi
     echo "starting again: $1"
 }}
+worthwhile() {{  # not when tasks of this job were killed too often at the same newest checkpoint
+    local newest deaths="$run_dir/slurm/$SLURM_JOB_ID.killed"
+    newest=$(ls -d "$run_dir"/checkpoints/step_* 2>/dev/null | tail -n 1)
+    echo "${{newest:-none}}" >>"$deaths"
+    if [ "$(grep -cxF "${{newest:-none}}" "$deaths")" -ge {kills} ]; then
+        echo "tasks were killed {kills} times without a checkpoint in between, which is all that kills={kills} allows"
+        return 1
+    fi
+}}
+finish() {{
+    case $1 in
+        {requeue}) again "exit code $1" && scontrol requeue "$SLURM_JOB_ID" ;;
+        {killed}) worthwhile && again "exit code $1, a task was killed" && scontrol requeue "$SLURM_JOB_ID" ;;
+    esac
+    exit "$1"
+}}
 """
 # The job is held while its hosts are changed: it keeps its number, on which later stages depend. Requeueing sends
 # SIGTERM to this script, and kills it some seconds later.
@@ -145,30 +169,18 @@ PREFLIGHT = """\
 rm -f "$run_dir/slurm/suspects.txt"
 tasks -m swinv2_scale.cli doctor --distributed --run-dir "$run_dir" --suspects "$run_dir/slurm/suspects.txt"
 code=$?
-case $code in
-    0) ;;
-    {codes})
-        again "the preflight was interrupted (exit code $code)" && scontrol requeue "$SLURM_JOB_ID"
-        exit $code ;;
-    *)
-        [ -s "$run_dir/slurm/suspects.txt" ] || exit $code
-        cat "$run_dir/slurm/suspects.txt" >>"$run_dir/slurm/excluded.txt"
-        hosts=$(sort -u "$run_dir/slurm/excluded.txt" | paste -sd, -)
-        again "without $hosts, see above" || exit $code
-        trap '' TERM
-        scontrol requeuehold "$SLURM_JOB_ID" &&
-            scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$hosts" &&
-            scontrol release "$SLURM_JOB_ID" ||
-            {{ echo "no start without $hosts"; scancel "$SLURM_JOB_ID"; }}
-        exit $code ;;
-esac
-"""
-FINISH = """\
-code=$?
-case $code in
-    {codes}) again "exit code $code" && scontrol requeue "$SLURM_JOB_ID" ;;
-esac
-exit $code
+if [ -s "$run_dir/slurm/suspects.txt" ]; then
+    cat "$run_dir/slurm/suspects.txt" >>"$run_dir/slurm/excluded.txt"
+    hosts=$(sort -u "$run_dir/slurm/excluded.txt" | paste -sd, -)
+    again "without $hosts, see above" || exit $code
+    trap '' TERM
+    scontrol requeuehold "$SLURM_JOB_ID" &&
+        scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$hosts" &&
+        scontrol release "$SLURM_JOB_ID" ||
+        { echo "no start without $hosts"; scancel "$SLURM_JOB_ID"; }
+    exit $code
+fi
+[ $code = 0 ] || finish $code
 """
 
 
@@ -221,10 +233,6 @@ def _head(job_cfg: Any, name: str, run_dir: str, exclude: Sequence[str]) -> list
     }
     given = [f"--{key}={shlex.quote(str(value))}" for key, value in options.items() if value is not None]
     return [f"#SBATCH {option}" for option in [*given, "--requeue", *cluster.options]]
-
-
-def _codes(cluster: Any) -> str:
-    return "|".join(map(str, cluster.requeue_codes))
 
 
 def _word(text: str, array: bool) -> str:

@@ -55,7 +55,7 @@ def measure(size: str, policy: str, image: int, window: int) -> None:
     print(
         f"| {size.upper()}, {parameters / 1e6:,.1f} M | {image} / {window} | {policy} "
         f"| {forward:.0f} s | {backward:.0f} s | {resident('VmHWM'):.1f} GiB ({before:.1f} before the model) "
-        f"| {float(loss):.4f} | {len(gradients) - len(wrong)} of {len(gradients)} finite, {len(zero)} zero |",
+        f"| {loss.item():.4f} | {len(gradients) - len(wrong)} of {len(gradients)} finite, {len(zero)} zero |",
         flush=True,
     )
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from swinv2_scale import distributed
+from swinv2_scale import distributed, signals
 from swinv2_scale.data.images import CorruptSampleError
 from swinv2_scale.data.manifest import Manifest
 from swinv2_scale.data.mixture import Mixture
@@ -234,6 +234,7 @@ def _stream(
         batch_sampler=batches,
         collate_fn=collate,
         num_workers=workers,
+        worker_init_fn=_outlast,
         persistent_workers=workers > 0,
         pin_memory=distributed.device().type == "cuda",
         # A loader draws its workers' seeds when an iteration begins; from torch's default generator that would change
@@ -241,3 +242,7 @@ def _stream(
         generator=torch.Generator(),
     )
     return Stream(loader, CorruptCounter(max_corrupt_share, len(data)))
+
+
+def _outlast(_: int) -> None:
+    signals.outlast()

@@ -1,4 +1,8 @@
-"""A task whose loss fails at the steps of INJECT, "3:nan 5:inf 7:hang", on the rank INJECT_RANK."""
+"""Tasks that misbehave.
+
+Injected    its loss fails at the steps of INJECT, "3:nan 5:inf 7:hang", on the rank INJECT_RANK
+Slow        each step of the first start of a Slurm job takes SLOW seconds more
+"""
 
 import os
 import time
@@ -27,3 +31,12 @@ class Injected(MaskedImageModelling):
                 loss = loss * float(faults[str(self.step)])
             self.step += 1
         return loss
+
+
+class Slow(MaskedImageModelling):
+    """Its losses are those of the task that it delays."""
+
+    def loss(self, model: Callable, batch: Batch) -> Tensor:
+        if torch.is_grad_enabled() and "SLURM_RESTART_COUNT" not in os.environ:
+            time.sleep(float(os.environ["SLOW"]))
+        return super().loss(model, batch)

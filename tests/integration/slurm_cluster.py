@@ -1,4 +1,4 @@
-"""A real Slurm on this machine: controller, three virtual nodes, two partitions, in a temporary directory.
+"""A real Slurm on this machine: controller, four virtual nodes, two partitions, in a temporary directory.
 
     with slurm_cluster(directory) as cluster:
         job = cluster.submit(script)
@@ -23,7 +23,7 @@ from pathlib import Path
 from real_runs import free_port
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "sinfo")
-NODES = ("n1", "n2", "n3")
+NODES = ("n1", "n2", "n3", "n4")
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
 
 CONFIGURATION = """\
@@ -113,7 +113,7 @@ class Cluster:
 
 @contextlib.contextmanager
 def slurm_cluster(root: Path) -> Iterator[Cluster]:
-    """A Slurm of three idle nodes with four CPUs each, for the length of a with-block."""
+    """A Slurm of four idle nodes with four CPUs each, for the length of a with-block."""
     host = socket.gethostname().partition(".")[0]
     nodes = "\n".join(
         f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={free_port()} CPUs=4 RealMemory=1000"

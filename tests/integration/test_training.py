@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from real_runs import Run, kill_all
 from torch import Tensor
 
@@ -77,6 +78,13 @@ def test_ranks_zero_stage_accumulation_and_launcher_do_not_matter(launch: Launch
         held_out = [r.events("evaluation")[STEPS] for r in (run, reference)]
         assert held_out[0]["samples"] == held_out[1]["samples"] == 359, name
         assert held_out[0]["loss"] == pytest.approx(held_out[1]["loss"], rel=1e-4)
+    # whatever starts it, the configuration is the same
+    resolved, *theirs = (
+        yaml.safe_load((run.directory / "config.yaml").read_text())
+        for run in (reference, others["two_ranks_deepspeed"], others["two_ranks_torchrun"])
+    )
+    for other in theirs:
+        assert {key for key in resolved if resolved[key] != other[key]} == {"name", "run_dir", "micro_batch"}
     # two runs of the same command are equal to the last bit
     again = launch("again", *settings, "micro_batch=8", ranks=2)
     assert again.losses() == others["two_ranks_deepspeed"].losses()

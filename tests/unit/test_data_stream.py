@@ -3,6 +3,7 @@
 import io
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -339,3 +340,20 @@ def test_loading_processes_import_nothing(make: MakeManifest) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == []
+
+
+def test_loading_processes_outlast_signals_but_obey_their_parent(make: MakeManifest) -> None:
+    """Slurm signals them together with their rank, which needs them for its last step."""
+    stream = evaluation_stream(
+        make(), classification(), collate, seed=0, batch=2, rank=0, world_size=1, workers=1, max_corrupt_share=0.0
+    )
+    batches = iter(stream)
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    for name in ("TERM", "USR2"):
+        subprocess.run(["sh", "-c", f"kill -{name} {worker.pid}; sleep 0.2"], check=True)
+    assert len(list(batches)) == SAMPLES // 2 - 1 and worker.is_alive()
+    assert worker.pid is not None
+    os.kill(worker.pid, signal.SIGTERM)
+    worker.join(timeout=5)
+    assert not worker.is_alive()

@@ -25,6 +25,16 @@ def test_the_place_of_a_process(
     assert (distributed.rank(), distributed.world_size(), distributed.local_rank()) == place
 
 
+@pytest.mark.parametrize(("name", "ranks"), [("LOCAL_WORLD_SIZE", 2), ("LOCAL_SIZE", 2), ("OTHER", 4)])
+def test_ranks_of_a_host(monkeypatch: pytest.MonkeyPatch, name: str, ranks: int) -> None:
+    """torchrun's name, DeepSpeed's, and neither."""
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.delenv("LOCAL_SIZE", raising=False)
+    for key, value in {**TORCHRUN, name: "2"}.items():
+        monkeypatch.setenv(key, value)
+    assert distributed.ranks_here() == ranks
+
+
 @pytest.mark.parametrize(
     ("hosts", "first"),
     [

@@ -55,9 +55,36 @@ def test_a_script_says_what_was_asked_for(tmp_path: Path, monkeypatch: pytest.Mo
     srun = "srun --wait=120 --kill-on-bad-exit=0 --cpus-per-task=12 --container-image=/x.sqsh exec --nv python"
     assert f'{srun} "$@"' in script
     assert f"tasks {LAUNCH}/pretrain.py {' '.join(RUN)} 'model.depths=[2,2,2,2]'\n" in script
-    assert '75|140|143) again "exit code $code" && scontrol requeue' in script and "-ge 50 ]" in script
+    assert '75|140|143) again "exit code $1" && scontrol requeue' in script and "-ge 50 ]" in script
     (bare,) = scripts(*JOB, *RUN, "cluster.gpus_per_node=null", "preflight=false")
     assert "gpus-per-node" not in bare and "doctor" not in bare and "doctor" in script
+
+
+def test_what_follows_an_exit_code(slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The script itself, with an srun that ends with each code."""
+    run_dir = tmp_path / "runs/x"
+    (run_dir / "slurm").mkdir(parents=True)
+    (run_dir / "checkpoints/step_00000004").mkdir(parents=True)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    (script,) = scripts(*JOB, *RUN, "preflight=false", "kills=2", "restarts=5", "cluster.requeue_codes=[75,143]")
+
+    def started_again(code: int, restarts: int = 0) -> bool:
+        (slurm / "calls").write_text("")
+        for name, text in {"srun": f"exit {code}", "scontrol": f'echo "$@" >>{slurm}/calls'}.items():
+            (slurm / name).write_text(f"#!/bin/sh\n{text}\n")
+            (slurm / name).chmod(0o755)
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(restarts))
+        ended = subprocess.run(["bash"], input=script, text=True, capture_output=True, check=False)
+        assert ended.returncode == code, ended.stderr
+        return (slurm / "calls").read_text() == "requeue 7\n"
+
+    assert [code for code in (0, 1, 2, 75, 130, 139, 143) if started_again(code)] == [75, 143]
+    assert started_again(75, restarts=4) and not started_again(75, restarts=5)
+    assert [started_again(137) for _ in range(3)] == [True, False, False]
+    (run_dir / "checkpoints/step_00000008").mkdir()
+    assert [started_again(137) for _ in range(2)] == [True, False]
+    (script,) = scripts(*JOB, *RUN, "preflight=false", "cluster.killed_codes=[]")
+    assert not started_again(137)
 
 
 def test_later_stages_take_over_the_first_ones_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
