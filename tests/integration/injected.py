@@ -1,4 +1,4 @@
-"""A task whose loss fails at the steps of INJECT, "3:nan 5:inf 7:hang", on the rank INJECT_RANK."""
+"""A task whose loss fails at the steps of INJECT, "3:nan 5:inf 7:hang 8:slow", on the rank INJECT_RANK."""
 
 import os
 import time
@@ -22,8 +22,8 @@ class Injected(MaskedImageModelling):
         if torch.is_grad_enabled():
             faults = dict(fault.split(":") for fault in os.environ["INJECT"].split())
             if distributed.rank() == int(os.environ["INJECT_RANK"]) and str(self.step) in faults:
-                if faults[str(self.step)] == "hang":
-                    time.sleep(600)
-                loss = loss * float(faults[str(self.step)])
+                fault = faults[str(self.step)]
+                time.sleep({"hang": 600.0, "slow": 1.0}.get(fault, 0.0))
+                loss = loss if fault == "slow" else loss * float(fault)
             self.step += 1
         return loss
