@@ -152,7 +152,8 @@ def map_of_blocks(
     Shades are of the logarithm. Empty with fewer than two steps, or without a number above zero.
     """
     steps = sorted(rows)
-    steps = [steps[column * len(steps) // _CELLS] for column in range(min(_CELLS, len(steps)))]
+    if len(steps) > _CELLS:  # with the first and the last
+        steps = [steps[column * (len(steps) - 1) // (_CELLS - 1)] for column in range(_CELLS)]
     values = [value for step in steps for value in rows[step] if value]
     if len(steps) < 2 or not values:
         return ""

@@ -255,6 +255,40 @@ def test_amplitudes_are_shown_over_depth(tmp_path: Path) -> None:
     assert "step 10 3.5" in text_of(page) and "block 3" in text_of(page)
 
 
+def test_amplitudes_are_shown_over_steps_and_depth(tmp_path: Path) -> None:
+    """With the first and the last step; what an attempt did beyond a resume is left out, what is not finite is red."""
+
+    def blocks(step: int, *amplitude: float | None) -> dict[str, Any]:
+        return {"event": "blocks", "step": step, "time": 1.0, "amplitude": amplitude}
+
+    lines = [start()]
+    for step in range(0, 300):
+        lines += [train(step, 1.0), blocks(step, 0.5 + step, 2.0)]
+    lines += [start(200, attempt=1), train(201, 1.0), blocks(201, None, 300.0)]
+    page = page_of(make_run(tmp_path, lines))
+    (cells,) = re.findall(r'data-cells="([^"]*)"', page)
+    columns = cells.split(";")
+    assert columns[0] == "0:0.5,2" and columns[-1] == "201:not finite,300" and len(columns) == 80
+    assert page.count('class="cell lost"') == 1 and "all: 0.5 to 300" in text_of(page)
+
+
+def test_the_spread_of_the_ranks_is_shown(tmp_path: Path) -> None:
+    spread = {"data_wait": 0.1, "data_wait_max": 0.2, "forward_seconds_min": 0.5, "slowest_rank": 1}
+    lines = [start(), *(train(step, 1.0, forward_seconds_max=0.6, **spread) for step in (1, 2, 3))]
+    page = page_of(
+        make_run(tmp_path, [*lines, train(4, 1.0, forward_seconds_max=0.6, **{**spread, "slowest_rank": 0})])
+    )
+    steps = range(1, 5)
+    assert points_of(page, "Forward passes of a step, slowest rank (s)") == [
+        [(step, value) for step in steps] for value in (0.6, 0.5)
+    ]
+    assert points_of(page, "Waiting for data (% of the time)") == [
+        [(step, value) for step in steps] for value in (10, 20)
+    ]
+    assert "slowest rank 1 in 75.0 % of records, forward 20.0 % above the fastest" in text_of(page)
+    assert "Slowest rank" not in text_of(page), "it has no chart"
+
+
 def test_runs_are_compared_on_one_page(tmp_path: Path) -> None:
     paths = []
     for number, rate in enumerate((0.1, 0.2)):
