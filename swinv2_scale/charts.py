@@ -13,7 +13,8 @@ Series = dict[int, float]  # step -> value
 Span = tuple[int, int]  # first and last step, or block, on a horizontal axis
 
 _COLUMNS = 600  # pixel columns of a chart; each keeps its lowest and its highest value
-_CELLS, _SHADES = 80, 10  # steps in a map of all blocks; shades of its colour, which report.html.template lists
+_CELLS, _SHADES = 80, 20  # steps in a map of all blocks, and shades of its colour,
+_FACTOR = 4  # which span at least this factor: what hardly differs is not to look as if it did
 
 
 def number(value: float) -> str:
@@ -159,17 +160,17 @@ def map_of_blocks(
         return ""
     start, stop = span = span[0], max(span[1], span[0] + 1)
     low, high, depth = min(values), max(values), max(len(rows[step]) for step in steps)
-    cells: dict[str, str] = {}  # shade -> path
+    cells: dict[str, str] = {}  # attributes of a shade -> path
     columns, left = [], 0.0
     for step in steps:
         right = 1000 * (step - start) / (stop - start)  # a cell reaches back to the one before
         for block, value in enumerate(rows[step]):
-            shade = "lost" if value is None else f"s{_shade(value, low, high)}"
+            shade = 'class="cell lost"' if value is None else f'class="cell" opacity="{_opacity(value, low, high):.2f}"'
             top, bottom = (100 * (depth - edge) / depth for edge in (block + 1, block))
             cells[shade] = f"{cells.get(shade, '')}M{left:.2f} {top:.2f}H{right:.2f}V{bottom:.2f}H{left:.2f}z"
         columns.append(f"{step}:" + ",".join("not finite" if value is None else number(value) for value in rows[step]))
         left = right
-    drawing = "".join(f'<path class="cell {shade}" d="{path}"/>' for shade, path in cells.items())
+    drawing = "".join(f'<path {shade} d="{path}"/>' for shade, path in cells.items())
     drawing += f'<path class="mark" d="{_dashes(marks, span)}"/>'
     ticks = [int(tick) for tick in _ticks(1, max(depth, 2), 6) if tick == int(tick)]
     labels = "".join(f'<i class="y" style="top:{100 * (depth - tick + 0.5) / depth:g}%">{tick}</i>' for tick in ticks)
@@ -178,14 +179,14 @@ def map_of_blocks(
     readout += f'<span class="a">{name} <b>{columns[-1].rpartition(",")[2]}</b></span>'
     readout += f"<span>all: {number(low)} to {number(high)}</span>"
     data = f'data-steps="{start} {stop}" data-cells="{";".join(columns)}"'
-    return _figure(title, "darker is larger; logarithmic", drawing, labels, readout, data, wide=True)
+    return _figure(title, "a stronger colour is larger; logarithmic", drawing, labels, readout, data, wide=True)
 
 
-def _shade(value: float, low: float, high: float) -> int:
-    """0 … _SHADES - 1, of the logarithm between the bounds."""
-    if value <= low or high == low:
-        return 0
-    return min(_SHADES - 1, int(_SHADES * math.log(value / low) / math.log(high / low)))
+def _opacity(value: float, low: float, high: float) -> float:
+    """Up to 1 for `high`, by the logarithm, in steps."""
+    low = min(low, high / _FACTOR)
+    share = math.log(max(value, low) / low) / math.log(high / low)
+    return 0.05 + 0.95 * round(share * (_SHADES - 1)) / (_SHADES - 1)
 
 
 def _labels_below(span: Span) -> str:

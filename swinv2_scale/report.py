@@ -276,8 +276,8 @@ def _cards(record: Record) -> str:
             a / b for a, b in zip(values("forward_seconds_max"), values("forward_seconds_min"), strict=False) if b
         ]
         if ratios and start.get("world_size", 1) > 1:
-            spread = f"in {_percent(times / len(slow))} of records, forward {_percent(statistics.median(ratios) - 1)}"
-            cards.append(("slowest rank", f"{rank:.0f}", f"{spread} above the fastest"))
+            slower = f"forward {_percent(statistics.median(ratios) - 1)} slower"
+            cards.append(("slowest rank", f"{rank:.0f}", f"most often ({100 * times / len(slow):.0f} %), {slower}"))
     cards.append(("duration", _duration(record.seconds), attempts))
     if "world_size" in start:
         kind = ", ".join(str(start[key]) for key in ("device", "precision") if key in start)
@@ -285,7 +285,7 @@ def _cards(record: Record) -> str:
     if "parameters" in start:
         cards.append(("parameters", f"{start['parameters'] / 1e6:,.4g} M", f"{start['parameters']:,}"))
     cell = '<div class="card"><span>{}</span><strong>{}</strong><small>{}</small></div>'
-    return "".join(cell.format(*map(escape, card)) for card in cards)
+    return "".join(cell.format(*(escape(text).replace(" %", "&nbsp;%") for text in card)) for card in cards)
 
 
 def _pictures(record: Record) -> str:

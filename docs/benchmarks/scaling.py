@@ -1,15 +1,16 @@
 """How training scales: measured on two CPU ranks, computed for GPUs. docs/scaling.md shows and explains both.
 
-python docs/benchmarks/scaling.py measure    images/s per rank at 1 and 2 ranks, one thread each, and what is communicated
-python docs/benchmarks/scaling.py model      the table of docs/scaling.md, of `step_seconds`; nothing of it is measured
+python docs/benchmarks/scaling.py measure    images/s per rank at 1 and 2 ranks, one thread each; what is communicated
+python docs/benchmarks/scaling.py model      the tables of docs/scaling.md, of `step_seconds`; nothing of it is measured
 """
 
 import argparse
+import math
 import os
 import statistics
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ class Machine:
 A100 = Machine("A100-80", bf16_peak=312e12, memory=2.0e12, inside=300e9, between=25e9)
 H100 = Machine("H100-80", bf16_peak=989e12, memory=3.35e12, inside=450e9, between=50e9)
 # Assumed shares of those figures that are reached.
-COMPUTE = {A100.name: 0.35, H100.name: 0.30}  # of bf16_peak, by the model's own operations
+COMPUTE = {A100.name: 0.25, H100.name: 0.20}  # of bf16_peak, by the model's own operations
 LINK, MEMORY = 0.8, 0.7
 LATENCY = 20e-6  # seconds of a collective besides its bytes, for each doubling of the ranks
 
@@ -65,26 +66,27 @@ def collective_seconds(bytes_: float, gpus: int, machine: Machine, *, passes: in
     nodes = gpus // inside
     seconds = passes * bytes_ * (inside - 1) / inside / (machine.inside * LINK)
     seconds += passes * bytes_ / inside * (nodes - 1) / nodes / (machine.between * LINK)
-    return seconds + LATENCY * (gpus.bit_length() - 1)
+    return seconds + LATENCY * math.log2(gpus)
 
 
-def step_seconds(job: Job, gpus: int, machine: Machine, *, overlap: bool, bucket: int = 50_000_000) -> dict[str, float]:
+def step_seconds(
+    job: Job, gpus: int, machine: Machine, *, overlap: bool, reached: float | None = None, bucket: int = 50_000_000
+) -> dict[str, float]:
     """Seconds of a step under ZeRO 1 by part; "communication" is what the others do not hide.
 
-    DeepSpeed all-reduces gradients in float32, bucket by bucket (`reduce_scatter: true` included, see docs/scaling.md),
+    DeepSpeed all-reduces gradients in float32, bucket by bucket (with `reduce_scatter: true` too, see docs/scaling.md),
     and all-gathers bfloat16 weights after the optimiser's step. With `overlap`, buckets are reduced while backward goes
-    on, except the last one. Parameters that stay float32 (1 %) are counted as the others.
+    on, except the last one. Parameters that stay float32 (1 %) are counted as the others. reached: the share of
+    bf16_peak; bucket: elements, parallel.reduce_bucket_size.
     """
-    forward = job.images * job.flops_per_image / (machine.bf16_peak * COMPUTE[machine.name])
+    forward = job.images * job.flops_per_image / (machine.bf16_peak * (reached or COMPUTE[machine.name]))
     backward = (3 if job.recompute else 2) * forward
     # float32 gradients: added to (read, written) from bfloat16; AdamW on this rank's part: gradient, weights and two
     # moments read, the three written in float32 and the weights in bfloat16.
     optimiser = job.parameters * (10 + 30 / gpus) / (machine.memory * MEMORY)
     buckets = -(-job.parameters // bucket)
-    reduce = buckets * collective_seconds(4 * job.parameters / buckets, gpus, machine, passes=2) if gpus > 1 else 0.0
-    gather = (
-        job.groups * collective_seconds(2 * job.parameters / job.groups, gpus, machine, passes=1) if gpus > 1 else 0.0
-    )
+    reduce = buckets * collective_seconds(4 * job.parameters / buckets, gpus, machine, passes=2)
+    gather = job.groups * collective_seconds(2 * job.parameters / job.groups, gpus, machine, passes=1)
     early = 1 - 1 / buckets  # the share of buckets that are full before backward ends
     hidden = min(reduce * early, backward * early) if overlap else 0.0
     communication = reduce - hidden + gather
@@ -111,34 +113,56 @@ def jobs() -> list[Job]:
     return found
 
 
-def table() -> str:
-    """The table of docs/scaling.md."""
+def by_gpus() -> str:
+    """Step, communication, images/s and their share of what as many single GPUs would do, as a table."""
     lines = [
-        "| GPU | size | images a GPU | GPUs | step, ms | communication | images/s | efficiency | communication, overlapped "
-        "| images/s, overlapped |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| GPU | size | images a GPU | GPUs | step, ms | communication | images/s | of linear | overlapped | images/s |"
     ]
+    lines.append("|---" * 10 + "|")
     for machine in (A100, H100):
         for job in jobs():
             alone = job.images / step_seconds(job, 1, machine, overlap=False)["step"]
             for gpus in (8, 32, 128, 512, 1024):
-                cells = []
-                for overlap in (False, True):
-                    found = step_seconds(job, gpus, machine, overlap=overlap)
-                    rate, share = gpus * job.images / found["step"], found["communication"] / found["step"]
-                    cells.append((found["step"], share, rate, rate / gpus / alone))
-                (step, share, rate, efficiency), (_, hidden, faster, _) = cells
-                lines.append(
-                    f"| {machine.name} | {job.name} | {job.images} | {gpus} | {1000 * step:.0f} | {share:.0%} | {rate:,.0f} | "
-                    f"{efficiency:.0%} | {hidden:.0%} | {faster:,.0f} |"
-                )
+                plain, hidden = (step_seconds(job, gpus, machine, overlap=overlap) for overlap in (False, True))
+                rate, faster = (gpus * job.images / found["step"] for found in (plain, hidden))
+                cells = [machine.name, job.name, job.images, gpus, f"{1000 * plain['step']:.0f}", _share(plain)]
+                cells += [f"{rate:,.0f}", f"{rate / gpus / alone:.0%}", _share(hidden), f"{faster:,.0f}"]
+                lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
+
+
+def by_reached() -> str:
+    """Communication of 128 GPUs, for other shares of the peak that the model reaches, as a table."""
+    shares = (0.1, 0.2, 0.3, 0.4)
+    lines = ["| GPU | size | " + " | ".join(f"{share:.0%} of peak" for share in shares) + " |", "|---" * 6 + "|"]
+    for machine in (A100, H100):
+        for job in jobs():
+            found = [step_seconds(job, 128, machine, overlap=False, reached=share) for share in shares]
+            lines.append(f"| {machine.name} | {job.name} | {' | '.join(map(_share, found))} |")
+    return "\n".join(lines)
+
+
+def by_images() -> str:
+    """Communication of 128 GPUs, when a fixed global batch leaves each of them fewer images, as a table."""
+    parts = (1, 2, 4, 8)
+    heads = ["the images above" if part == 1 else f"1/{part} of them" for part in parts]
+    lines = [f"| GPU | size | {' | '.join(heads)} |", "|---" * 6 + "|"]
+    for machine in (A100, H100):
+        for job in jobs():
+            fewer = [replace(job, images=job.images // part) for part in parts]
+            found = [step_seconds(one, 128, machine, overlap=False) for one in fewer]
+            lines.append(f"| {machine.name} | {job.name} | {' | '.join(map(_share, found))} |")
+    return "\n".join(lines)
+
+
+def _share(found: dict[str, float]) -> str:
+    return f"{found['communication'] / found['step']:.0%}"
 
 
 # ------------------------------------------------------------------------------------------------------------- measured
 
 SIZE, SIDE, MICRO_BATCH, CLASSES = "t", 128, 8, 1000
-WARM, STEPS, ROUNDS = 2, 8, 3
+WARM, STEPS, ROUNDS = 2, 6, 5
 
 
 def depths(model: Any) -> list[int]:
@@ -163,7 +187,7 @@ class Counted:
 
 
 def measure() -> dict[str, float]:
-    """Of steps of the engine as conf/ sets it (ZeRO 1, bfloat16): seconds, seconds in collectives, bytes a parameter."""
+    """Of steps of the engine as conf/ sets it (ZeRO 1, bfloat16): seconds, those in collectives, bytes a parameter."""
     calls = {name: Counted(name) for name in ("all_reduce", "all_gather_into_tensor")}
     torch.manual_seed(0)
     model = swinv2_scale.create_model(SIZE, image_size=SIDE, window_size=8, num_classes=CLASSES)
@@ -214,7 +238,7 @@ def work(rank: int, world: int, port: int, file: str) -> None:
 
 
 def compare() -> None:
-    """One and two ranks in turns; medians over the rounds."""
+    """One and two ranks in turns, since a machine's speed drifts; medians over the rounds."""
     found: dict[int, list[dict[str, float]]] = {1: [], 2: []}
     with tempfile.TemporaryDirectory() as folder:
         for number in range(ROUNDS):
@@ -222,17 +246,15 @@ def compare() -> None:
                 port = 29500 + (os.getpid() + 10 * number + world) % 1000
                 multiprocessing.spawn(work, (world, port, f"{folder}/result.pt"), nprocs=world)
                 results.append(torch.load(f"{folder}/result.pt"))
-    rates = {}
     for world, results in found.items():
         result = {key: statistics.median(one[key] for one in results) for key in results[0]}
-        rates[world] = MICRO_BATCH / result["step"]
-        steps = ", ".join(f"{one['step']:.3f}" for one in results)
         shown = ", ".join(f"{name} {value:.3g}" for name, value in result.items())
-        share = result["collectives"] / result["step"]
-        print(
-            f"{world} rank(s): {rates[world]:.2f} images/s a rank; {shown}; collectives {share:.1%} of a step ({steps} s)"
-        )
-    print(f"ratio of images/s a rank, 2 ranks to 1: {rates[2] / rates[1]:.3f}")
+        print(f"{world} rank(s): {MICRO_BATCH / result['step']:.2f} images/s a rank; {shown}")
+        print("    seconds of a step by round: " + ", ".join(f"{one['step']:.3f}" for one in results))
+    ratios = [one["step"] / two["step"] for one, two in zip(found[1], found[2], strict=True)]
+    shares = [two["collectives"] / two["step"] for two in found[2]]
+    print(f"images/s a rank, 2 ranks to 1: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+    print(f"collectives of a step of 2 ranks: {statistics.median(shares):.1%} ({min(shares):.1%} to {max(shares):.1%})")
 
 
 def main() -> None:
@@ -241,7 +263,7 @@ def main() -> None:
     if parser.parse_args().what == "measure":
         compare()
     else:
-        print(table())
+        print(f"{by_gpus()}\n\n{by_reached()}\n\n{by_images()}")
 
 
 if __name__ == "__main__":

@@ -285,7 +285,7 @@ def test_the_spread_of_the_ranks_is_shown(tmp_path: Path) -> None:
     assert points_of(page, "Waiting for data (% of the time)") == [
         [(step, value) for step in steps] for value in (10, 20)
     ]
-    assert "slowest rank 1 in 75.0 % of records, forward 20.0 % above the fastest" in text_of(page)
+    assert "slowest rank 1 most often (75 %), forward 20.0 % slower" in text_of(page)
     assert "Slowest rank" not in text_of(page), "it has no chart"
 
 

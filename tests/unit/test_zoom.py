@@ -66,7 +66,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     for step in range(0, 401, 10):
         lines.append(train(step, 2.0 - step / 400, learning_rate=1e-3 * step, images_per_second=100.0))
         blocks = {"amplitude": [1.0, 2.0, 1.0 + step], "logit_scale_mean": [10.0] * 3, "logit_scale_max": [10.0] * 3}
-        lines.append({"event": "blocks", "step": step, "time": 1.0, **blocks})
+        lines.append({"event": "blocks", "step": step, "time": 1000.0 + step, **blocks})
     page = write_report(make_run(folder, lines)).read_text(encoding="utf-8")
     wrapper = folder / "wrapper.html"
     frame = f'<iframe srcdoc="{escape(page)}" style="width:400px;height:2000px;border:0"></iframe>'
