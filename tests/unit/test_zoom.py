@@ -40,12 +40,12 @@ frame.onload = () => {
   page = frame.contentDocument;
   for (const one of page.querySelectorAll(".chart")) charts[one.querySelector("svg").getAttribute("aria-label")] = one;
   look("whole");
+  drag("Learning rate", 0.5, 0.515, "touch");
+  look("tapped");
   drag("Loss", 0.25, 0.5, "mouse");
   look("dragged");
   pointer("Learning rate", "pointermove", 0.5, "mouse");
   look("read");
-  drag("Learning rate", 0.5, 0.505, "touch");
-  look("tapped");
   charts["Loss"].querySelector(".plot").dispatchEvent(new page.defaultView.MouseEvent("dblclick"));
   look("double-clicked");
   drag("Learning rate", 0.75, 0.5, "touch");
@@ -102,8 +102,7 @@ def test_values_are_read_where_the_pointer_is(seen: dict[str, Any]) -> None:
 
 
 def test_a_tap_changes_nothing_and_the_whole_comes_back(seen: dict[str, Any]) -> None:
-    assert seen["tapped"]["charts"]["Loss"]["box"] == seen["dragged"]["charts"]["Loss"]["box"]
-    for name in ("double-clicked", "button"):
+    for name in ("tapped", "double-clicked", "button"):
         assert not seen[name]["whole"]
         for title, chart in seen[name]["charts"].items():
             assert {**chart, "readout": ""} == {**seen["whole"]["charts"][title], "readout": ""}
