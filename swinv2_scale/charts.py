@@ -168,7 +168,7 @@ def map_of_blocks(
             shade = 'class="cell lost"' if value is None else f'class="cell" opacity="{_opacity(value, low, high):.2f}"'
             top, bottom = (100 * (depth - edge) / depth for edge in (block + 1, block))
             cells[shade] = f"{cells.get(shade, '')}M{left:.2f} {top:.2f}H{right:.2f}V{bottom:.2f}H{left:.2f}z"
-        columns.append(f"{step}:" + ",".join("not finite" if value is None else number(value) for value in rows[step]))
+        columns.append(f"{step}:" + ",".join("not finite" if value is None else f"{value:.4g}" for value in rows[step]))
         left = right
     drawing = "".join(f'<path {shade} d="{path}"/>' for shade, path in cells.items())
     drawing += f'<path class="mark" d="{_dashes(marks, span)}"/>'

@@ -264,12 +264,12 @@ def test_amplitudes_are_shown_over_steps_and_depth(tmp_path: Path) -> None:
     lines = [start()]
     for step in range(0, 300):
         lines += [train(step, 1.0), blocks(step, 0.5 + step, 2.0)]
-    lines += [start(200, attempt=1), train(201, 1.0), blocks(201, None, 300.0)]
+    lines += [start(200, attempt=1), train(201, 1.0), blocks(201, None, 3000.0)]
     page = page_of(make_run(tmp_path, lines))
     (cells,) = re.findall(r'data-cells="([^"]*)"', page)
     columns = cells.split(";")
-    assert columns[0] == "0:0.5,2" and columns[-1] == "201:not finite,300" and len(columns) == 80
-    assert page.count('class="cell lost"') == 1 and "all: 0.5 to 300" in text_of(page)
+    assert columns[0] == "0:0.5,2" and columns[-1] == "201:not finite,3000" and len(columns) == 80
+    assert page.count('class="cell lost"') == 1 and "all: 0.5 to 3,000" in text_of(page)
 
 
 def test_the_spread_of_the_ranks_is_shown(tmp_path: Path) -> None:
