@@ -64,7 +64,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("zoom")
     lines = [start(), evaluation(0, loss=2.0)]
     for step in range(0, 401, 10):
-        lines.append(train(step, 2.0 - step / 400, learning_rate=1e-3 * step, images_per_second=100.0))
+        lines.append(train(step, 2.0 - step / 400, learning_rate=1e-3 * step, gradient_norm=10 ** (-step / 100)))
         blocks = {"amplitude": [1.0, 2.0, 1.0 + step], "logit_scale_mean": [10.0] * 3, "logit_scale_max": [10.0] * 3}
         lines.append({"event": "blocks", "step": step, "time": 1000.0 + step, **blocks})
     page = write_report(make_run(folder, lines)).read_text(encoding="utf-8")
@@ -95,6 +95,7 @@ def test_a_drag_zooms_all_charts_over_steps(seen: dict[str, Any]) -> None:
     _, _, _, height = dragged["charts"]["Loss"]["box"]
     assert height < 40 and dragged["charts"]["Loss"]["y"][0] == "1.5", "the vertical axis is that of what is seen"
     assert dragged["charts"]["Learning rate"]["y"] == ["0.1", "0.15", "0.2"]
+    assert dragged["charts"]["Gradient norm"]["y"] == ["0.01", "0.1"], "a logarithmic one stays so"
 
 
 def test_values_are_read_where_the_pointer_is(seen: dict[str, Any]) -> None:
