@@ -5,7 +5,7 @@
 The last one is a run whose rank was killed, and which went on when its command was repeated:
 
     deepspeed --num_accelerators 2 launch/pretrain.py experiment=demo_simmim name=demo_resumed seed=1 optim.lr=1e-3 \
-        checkpoint_every=40
+        steps=80 global_batch=16 micro_batch=8 log_every=2 checkpoint_every=20
 """
 
 import subprocess
