@@ -11,6 +11,7 @@ import statistics
 import tempfile
 import time
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -98,6 +99,7 @@ def step_seconds(
     }
 
 
+@cache
 def jobs() -> list[Job]:
     """SwinV2-B, L and G on 192-pixel images at window 12, classifiers of ImageNet-22K."""
     found = []
