@@ -58,7 +58,7 @@ def main() -> None:
     picture(write_report(resumed), "report_resumed", height=1700, script=DRAG)
     with tempfile.TemporaryDirectory() as folder:
         comparison = write_comparison([pretraining, resumed], Path(folder, "comparison.html"))
-        picture(comparison, "report_comparison", height=2600)
+        picture(comparison, "report_comparison", height=2900)
 
 
 if __name__ == "__main__":
