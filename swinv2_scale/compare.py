@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from swinv2_scale import report
+from swinv2_scale.charts import chart, smooth
 
 COLOURS = "abcd"  # of the page's style
 
@@ -51,12 +52,12 @@ def _curves(records: Sequence[report.Record], names: Sequence[str]) -> str:
             lines = []
             for css, name, record in zip(COLOURS, names, records, strict=False):
                 points = {step: factor * value for step, value in getattr(record, table).get(key, {}).items()}
-                smooth = table == "train" and key == "loss" and len(points) >= 20
+                many = table == "train" and key == "loss" and len(points) >= 20
                 dots = " dots" * (table == "held_out")
-                lines.append((name, css + dots, report.smooth(points) if smooth else points))
+                lines.append((name, css + dots, smooth(points) if many else points))
             title = title[:1].upper() + title[1:]
-            charts.append(report.chart(records[0], title, lines, wide=key == "loss", span=span))
-    return f'<div class="charts">{"".join(charts)}</div>'
+            charts.append(chart(title, lines, span, wide=key == "loss"))
+    return f'<div class="charts">{"".join(charts)}</div><p class="muted">{report.ZOOM}</p>'
 
 
 def _results(records: Sequence[report.Record], names: Sequence[str]) -> str:

@@ -19,6 +19,11 @@ COMMON: dict[str, dict[str, tuple[str, ...]]] = {
         "Model TFLOP/s": ("train/model_teraflops",),
         "Utilisation": ("train/utilisation",),
         "Seconds of a step": ("train/step_seconds",),
+        "Forward passes of a step, slowest and fastest rank": (
+            "train/forward_seconds_max",
+            "train/forward_seconds_min",
+        ),
+        "Slowest rank": ("train/slowest_rank",),
         "Waiting for data, mean and largest of the ranks": ("train/data_wait", "train/data_wait_max"),
         "Memory, GB": ("train/memory_gigabytes",),
     },

@@ -1,8 +1,7 @@
 """report.html of a run: one self-contained page, and its headline for the console.
 
 Reads config.yaml, metrics.jsonl and pictures/ of a run directory; needs neither a plotting library nor a network.
-The curves are SVG stretched to the width of the page, the labels are HTML laid over it: text keeps its size on every
-screen. The page around them is report.html.template.
+The page around what is said here is report.html.template, its script report.js.template.
 """
 
 import base64
@@ -15,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from functools import partial
 from html import escape
 from importlib import resources
 from pathlib import Path
@@ -23,11 +23,10 @@ from typing import Any
 
 import yaml
 
-Series = dict[int, float]  # step -> value
+from swinv2_scale.charts import Series, Span, chart, finite, map_of_blocks, number, smooth
 
-_COLUMNS = 300  # pixel columns of a chart; each keeps its lowest and its highest value
 _LISTED = 200  # unreadable samples named on the page
-_NOT_METRICS = {"step", "time", "epoch", "samples", "seconds", "model_teraflops", "data_wait_max"}
+_NOT_METRICS = {"step", "time", "epoch", "samples", "seconds", "model_teraflops"}
 SHARE = re.compile(r"top\d+|accuracy")  # held-out metrics in 0..1, shown in per cent
 CHARTS = {  # key of a train line -> section, title with unit, factor to that unit
     "learning_rate": ("Optimisation", "Learning rate", 1),
@@ -36,13 +35,20 @@ CHARTS = {  # key of a train line -> section, title with unit, factor to that un
     "utilisation": ("Speed", "Utilisation (% of the rate of matrix products)", 100),
     "data_wait": ("Speed", "Waiting for data (% of the time)", 100),
     "step_seconds": ("Speed", "Time of a step (s)", 1),
+    "forward_seconds_max": ("Speed", "Forward passes of a step, slowest rank (s)", 1),
     "memory_gigabytes": ("Speed", "Memory (GB)", 1),
 }
+_BESIDE = {  # key of a chart -> what its line is called, another key for the same chart, what that is called
+    "data_wait": ("mean of the ranks", "data_wait_max", "largest of the ranks"),
+    "forward_seconds_max": ("slowest rank", "forward_seconds_min", "fastest rank"),
+}
+_NO_CHART = {"slowest_rank", *(key for _, key, _ in _BESIDE.values())}  # which are shown in other ways
 _BLOCK_CHARTS = {  # key of a blocks line -> title
     "amplitude": "Amplitude of each block's output, by depth (root mean square)",
     "logit_scale_mean": "Logit scale of each block, by depth (mean over heads)",
     "logit_scale_max": "Logit scale of each block, by depth (largest head)",
 }
+ZOOM = "Drag over a chart to look closer, in all of them; double-click to see the whole again."
 _CAPTIONS = {"reconstructions": "Each picture is a triptych: original | masked | reconstruction."}
 
 
@@ -70,13 +76,14 @@ class Record:
         if first_of_attempt:  # the attempt continues from a checkpoint: what an earlier one did beyond it is void
             for table in (self.train, self.held_out):
                 table.update({key: {at: v for at, v in old.items() if at <= step} for key, old in table.items()})
+            self.blocks = {at: kinds for at, kinds in self.blocks.items() if at <= step}
         self.epoch = line.get("epoch", self.epoch)
         table = self.train if line["event"] == "train" else self.held_out
         for key, value in line.items():
             if type(value) in (int, float) and key not in _NOT_METRICS:
                 table.setdefault(key, {})[step] = float(value)
 
-    def steps(self) -> tuple[int, int]:
+    def steps(self) -> Span:
         """First and last step on the axes; (0, 0) before the first line with numbers."""
         found = [step for series in (*self.train.values(), *self.held_out.values()) for step in series]
         return min(found, default=0), max(found, default=0)
@@ -142,21 +149,6 @@ def read(run_dir: Path) -> Record:
     return record
 
 
-def _number(value: float) -> str:
-    """Four significant digits, as people write them."""
-    if abs(value) >= 1000:
-        return f"{value:,.0f}"
-    return f"{value:.2e}" if 0 < abs(value) < 1e-3 else f"{value:.4g}"
-
-
-def _short(value: float) -> str:
-    """For tick labels: 1.5M, 20k, 2e-5."""
-    for least, factor, suffix in ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
-        if abs(value) >= least:
-            return f"{value / factor:.6g}{suffix}"
-    return f"{value:.6g}".replace("e-0", "e-")
-
-
 def _percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
@@ -181,7 +173,7 @@ def held_out_rows(record: Record) -> list[tuple[str, str, str, str]]:
     rows = []
     for key, series in sorted(record.held_out.items(), key=lambda item: not SHARE.fullmatch(item[0])):
         first, last, change = series[min(series)], series[max(series)], ""
-        show = _percent if SHARE.fullmatch(key) else _number
+        show = _percent if SHARE.fullmatch(key) else number
         if show is _percent:
             change = f"{100 * (last - first):+.1f} points"
         elif first and math.isfinite(last / first):
@@ -202,122 +194,21 @@ def headline(run_dir: Path) -> str:
     return "\n".join([*lines, *filter(None, [", ".join(values)]), f"report: {record.run_dir / 'report.html'}"])
 
 
-def _finite(points: Series) -> list[tuple[int, float]]:
-    """In order of the step."""
-    return sorted((step, value) for step, value in points.items() if math.isfinite(value))
-
-
-def _thin(points: Series) -> list[tuple[int, float]]:
-    """A long series keeps the lowest and the highest value of each pixel column, and both ends."""
-    ordered = _finite(points)
-    if len(ordered) <= 2 * _COLUMNS:
-        return ordered
-    kept = {ordered[0], ordered[-1]}
-    for column in range(_COLUMNS):
-        chunk = ordered[column * len(ordered) // _COLUMNS : (column + 1) * len(ordered) // _COLUMNS]
-        kept |= {min(chunk, key=lambda point: point[1]), max(chunk, key=lambda point: point[1])}
-    return sorted(kept)
-
-
-def smooth(points: Series) -> Series:
-    """Mean over a thirtieth of the series, centred so that it does not lag, at some 200 places."""
-    ordered = _finite(points)
-    half = max(1, len(ordered) // 60)
-    centres = range(half, len(ordered) - half, max(1, len(ordered) // 200))
-    return {ordered[c][0]: statistics.fmean(v for _, v in ordered[c - half : c + half + 1]) for c in centres}
-
-
-def _ticks(low: float, high: float, most: int) -> list[float]:
-    """At most `most` multiples of 1, 2 or 5 times a power of ten in [low, high]."""
-    power = 10.0 ** math.floor(math.log10((high - low) / most))
-    for spacing in (power, 2 * power, 5 * power, 10 * power, 20 * power):
-        first, last = math.ceil(low / spacing - 1e-9), math.floor(high / spacing + 1e-9)
-        if last - first < most:
-            break
-    return [index * spacing for index in range(first, last + 1)]
-
-
-def _axis(values: list[float], zero: bool) -> tuple[float, float, list[float], bool]:
-    """Bounds and ticks of the vertical axis; whether it is logarithmic: bounds and ticks are then exponents of ten."""
-    low, high = min(values), max(values)
-    # Most values far below the highest: a spike, or a decay over decades. A cosine schedule stays linear.
-    if low > 0 and high / low > 100 and statistics.median(values) < high / 10:
-        low, high = math.log10(low), math.log10(high)
-        digits = (1, 2, 5) if high - low < 2.5 else (1,)
-        decades = range(math.floor(low), math.ceil(high) + 1, math.ceil((high - low) / 6))
-        ticks = [decade + math.log10(digit) for decade in decades for digit in digits]
-        return low, high, [tick for tick in ticks if low <= tick <= high], True
-    if zero and low >= 0:
-        low, high = 0.0, 1.06 * high or 1.0
-    else:
-        margin = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
-        low, high = low - margin, high + margin
-    return low, high, _ticks(low, high, 5), False
-
-
-def chart(
-    record: Record,
-    title: str,
-    lines: list[tuple[str, str, Series]],
-    zero: bool = False,
-    wide: bool = False,
-    span: tuple[int, int] | None = None,
-    unit: str = "step",
-) -> str:
-    """A figure of several lines (label, CSS classes, points); "dots" among the classes marks every point.
-
-    The horizontal axis is that of the record's steps, or of another unit, from the first to the last of `span`.
-    """
-    drawn = [(label, css, thin) for label, css, points in lines if (thin := _thin(points))]
-    if not drawn:
-        return ""
-    start, stop = span or record.steps()
-    stop = max(stop, start + 1)
-    low, high, ticks, log = _axis([value for _, _, points in drawn for _, value in points], zero)
-
-    def x(step: float) -> float:
-        return round(1000 * (step - start) / (stop - start), 1)
-
-    def y(value: float) -> float:  # of the axis: an exponent if it is logarithmic
-        return round(100 * (high - value) / (high - low), 2)
-
-    curves, readout = "", f"<span>{unit} <b>{drawn[0][2][-1][0]:,}</b></span>"
-    for label, css, points in drawn:
-        places = [(x(step), y(math.log10(value) if log else value)) for step, value in points]
-        curves += f'<polyline class="{css}" points="{" ".join(f"{a:g},{b:g}" for a, b in places)}"/>'
-        if len(places) == 1 or ("dots" in css and len(places) <= 80):
-            curves += f'<path class="dot {css}" d="{"".join(f"M{a:g} {b:g}h0" for a, b in places)}"/>'
-        data, last = " ".join(f"{step}:{_number(value)}" for step, value in points), _number(points[-1][1])
-        readout += f'<span class="{css}" data-points="{data}">{escape(label)} <b>{last}</b></span>'
-    marks = "".join(f"M{x(at):g} 0V100" for at in record.resumes() if start <= at <= stop and not span)
-    grid = "".join(f"M0 {y(tick):g}H1000" for tick in ticks)
-    labels = "".join(f'<i class="y" style="top:{y(t):g}%">{_short(10.0**t if log else t)}</i>' for t in ticks)
-    labels += "".join(
-        f'<i class="x" style="left:{x(t) / 10:g}%">{_short(t)}</i>' for t in _ticks(start, stop, 6) if t == round(t)
-    )
-    lost = sum(not math.isfinite(value) for _, _, points in lines for value in points.values())
-    notes = ", ".join(["logarithmic"] * log + [f"not finite, not drawn: {lost:,}"] * (lost > 0))
-    return f"""<figure class="chart{" wide" * wide}" data-steps="{start} {stop}">
-<figcaption>{escape(title)} <small>{notes}</small></figcaption>
-<div class="plot"><svg viewBox="0 0 1000 100" preserveAspectRatio="none" role="img" aria-label="{escape(title)}">
-<path class="grid" d="{grid}"/><path class="mark" d="{marks}"/>{curves}</svg>{labels}<i class="cursor"></i></div>
-<p class="readout">{readout}</p></figure>"""
-
-
 def _curves(record: Record) -> str:
     """All charts, by section."""
     names = ("Training", "Held-out", "Optimisation", "Stability", "Speed", "Other")
     sections: dict[str, list[str]] = {name: [] for name in names}
     constant: list[str] = []
     shares: list[tuple[str, str, Series]] = []
+    draw = partial(chart, span=record.steps(), marks=record.resumes())
     for key, series in record.held_out.items():
         if SHARE.fullmatch(key):
             css = f"{'bcd'[len(shares) % 3]} dots"
             shares.append((label_of(key), css, {step: 100 * value for step, value in series.items()}))
         else:
-            sections["Held-out"].append(chart(record, f"Held-out {label_of(key)}", [("", "b dots", series)]))
-    sections["Held-out"].insert(0, chart(record, "Held-out accuracy (%)", shares))
-    other = [key for key in record.train if key not in {"loss", *CHARTS}]
+            sections["Held-out"].append(draw(f"Held-out {label_of(key)}", [("", "b dots", series)]))
+    sections["Held-out"].insert(0, draw("Held-out accuracy (%)", shares))
+    other = [key for key in record.train if key not in {"loss", *CHARTS, *_NO_CHART}]
     for key in ["loss", *CHARTS, *other]:
         default = ("Training" if key == "loss" else "Other", label_of(key).capitalize(), 1)
         section, title, factor = CHARTS.get(key, default)
@@ -325,52 +216,68 @@ def _curves(record: Record) -> str:
         lines = [("training" if key in record.held_out else "", "a", points)]
         if key == "loss" and len(points) >= 20:  # fewer show their course by themselves
             lines = [("training", "a faint", points), ("smoothed", "a", smooth(points))]
+        if key in _BESIDE:
+            own, beside, name = _BESIDE[key]
+            others = {step: factor * value for step, value in record.train.get(beside, {}).items()}
+            if others and others != points:  # with one rank they are the same
+                lines = [(own, "a", points), (name, "c", others)]
         if key in record.held_out:
             lines += [("held-out", "b dots", {step: factor * value for step, value in record.held_out[key].items()})]
         if section == "Other" and len(set(points.values())) == 1:
-            constant.append(f"{label_of(key)} {_number(next(iter(points.values())))}")
+            constant.append(f"{label_of(key)} {number(next(iter(points.values())))}")
         elif points:
-            sections[section].append(chart(record, title, lines, zero=key in CHARTS, wide=key == "loss"))
+            sections[section].append(draw(title, lines, zero=key in CHARTS, wide=key == "loss"))
     sections["Stability"] = _stability(record)
     html = "".join(f'<h2>{name}</h2><div class="charts">{"".join(c)}</div>' for name, c in sections.items() if any(c))
     still = f" Always the same: {escape(', '.join(constant))}." if constant else ""
     resumed = " Dashed lines: the run was resumed." if record.resumes() else ""
-    return html and f'{html}<p class="muted">Horizontal axes: optimiser step.{resumed}{still}</p>'
+    return html and f'{html}<p class="muted">Horizontal axes: optimiser step.{resumed} {ZOOM}{still}</p>'
 
 
 def _stability(record: Record) -> list[str]:
-    """Amplitude and logit scales over depth, at the beginning, in the middle and at the end: one line each."""
+    """Amplitudes over steps and depth; then amplitude and logit scales over depth, a line each of three moments: the
+    beginning, the middle and the end."""
     steps = sorted(record.blocks)
     chosen = list(dict.fromkeys(steps[at] for at in (0, len(steps) // 2, -1))) if steps else []
-    charts = []
+    amplitudes = {step: kinds["amplitude"] for step, kinds in record.blocks.items() if kinds.get("amplitude")}
+    title = "Amplitude of each block's output, by depth and step"
+    charts = [map_of_blocks(title, "amplitude", amplitudes, record.steps(), record.resumes())]
     for kind, title in _BLOCK_CHARTS.items():
         lines = []
         for css, step in zip("bca", chosen, strict=False):
             values = record.blocks[step].get(kind) or []
-            points = {number: value for number, value in enumerate(values, start=1) if value is not None}
+            points = {block: value for block, value in enumerate(values, start=1) if value is not None}
             lines.append((f"step {step:,}", f"{css} dots", points))
         if any(points for *_, points in lines):
             span = (1, max(max(points) for *_, points in lines if points))
-            charts.append(chart(record, title, [line for line in lines if line[2]], zero=True, span=span, unit="block"))
+            charts.append(chart(title, [line for line in lines if line[2]], span, zero=True, unit="block"))
     return charts
 
 
 def _cards(record: Record) -> str:
     def values(key: str) -> list[float]:
-        return [value for _, value in _finite(record.train.get(key, {}))]
+        return [value for _, value in finite(record.train.get(key, {}))]
 
     start = record.starts[-1] if record.starts else {}
     cards = [
         (f"held-out {label}", last, f"from {first}, {change}".strip(", ") if first else "")
         for label, first, last, change in held_out_rows(record)[:3]
     ]
-    epochs = f"{_number(record.epoch)} epochs" if record.epoch is not None else ""
+    epochs = f"{number(record.epoch)} epochs" if record.epoch is not None else ""
     cards.append(("steps", f"{record.steps()[1]:,}", epochs))
     if rates := values("images_per_second"):
-        cards.append(("images/s", _number(statistics.median(rates)), "median"))
+        cards.append(("images/s", number(statistics.median(rates)), "median"))
     if waits := values("data_wait"):
         cards.append(("waiting for data", _percent(statistics.fmean(waits)), "of the time"))
     attempts = f"in {len(record.starts)} attempts" if len(record.starts) > 1 else ""
+    if slow := values("slowest_rank"):
+        rank, times = Counter(slow).most_common(1)[0]
+        ratios = [
+            a / b for a, b in zip(values("forward_seconds_max"), values("forward_seconds_min"), strict=False) if b
+        ]
+        if ratios and start.get("world_size", 1) > 1:
+            slower = f"forward {_percent(statistics.median(ratios) - 1)} slower"
+            cards.append(("slowest rank", f"{rank:.0f}", f"most often ({100 * times / len(slow):.0f} %), {slower}"))
     cards.append(("duration", _duration(record.seconds), attempts))
     if "world_size" in start:
         kind = ", ".join(str(start[key]) for key in ("device", "precision") if key in start)
@@ -378,7 +285,7 @@ def _cards(record: Record) -> str:
     if "parameters" in start:
         cards.append(("parameters", f"{start['parameters'] / 1e6:,.4g} M", f"{start['parameters']:,}"))
     cell = '<div class="card"><span>{}</span><strong>{}</strong><small>{}</small></div>'
-    return "".join(cell.format(*map(escape, card)) for card in cards)
+    return "".join(cell.format(*(escape(text).replace(" %", "&nbsp;%") for text in card)) for card in cards)
 
 
 def _pictures(record: Record) -> str:
@@ -441,6 +348,7 @@ def write_report(run_dir: Path) -> Path:
 
 def page(name: str, state: str, *, times: str, cards: str, curves: str, pictures: str, details: str) -> str:
     """The whole page, from the HTML of its parts; name and state are text."""
-    template = resources.files("swinv2_scale").joinpath("report.html.template").read_text(encoding="utf-8")
+    room = resources.files("swinv2_scale")
+    template, script = (room.joinpath(f"report.{kind}.template").read_text("utf-8") for kind in ("html", "js"))
     parts = {"times": times, "cards": cards, "curves": curves, "pictures": pictures, "details": details}
-    return Template(template).substitute(name=escape(name), state=escape(state), **parts)
+    return Template(template).substitute(name=escape(name), state=escape(state), script=script, **parts)

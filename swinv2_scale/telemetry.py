@@ -73,6 +73,7 @@ class Telemetry:
         self._losses: list[Tensor] = []
         self._replaced: list[str] = []
         self._waited = 0.0
+        self._forwards: list[tuple[Any, Any]] = []  # begin and end
         self._reads: Counter[str] = Counter()
         self._step = 0
         self.attempt = 0
@@ -136,6 +137,21 @@ class Telemetry:
                 self._reads.update(counted)
             yield batch
 
+    def forward(self, loss: Callable[[Any, Batch], Tensor]) -> Callable[[Any, Batch], Tensor]:
+        """A task's loss; how long its forward passes take on this rank is recorded, without a synchronisation.
+
+        A step ends at the same moment on all ranks, since its backward pass waits for the slowest. In its forward
+        passes no rank waits for another (but under ZeRO 3, which gathers weights), so that they tell which one is slow.
+        """
+
+        def marked(model: Any, batch: Batch) -> Tensor:
+            begin = _mark()
+            value = loss(model, batch)
+            self._forwards.append((begin, _mark()))
+            return value
+
+        return marked
+
     def step(self, loss: Tensor, applied: bool) -> None:
         """Keep this rank's loss of a step, on its device, until the next `train`: no synchronisation here."""
         self._steps += 1
@@ -150,6 +166,7 @@ class Telemetry:
         elapsed, steps = time.monotonic() - self._last, self._steps
         own = {"loss": float(torch.stack(self._losses).mean()) if self._losses else math.nan, "waited": self._waited}
         mean = {k: total / distributed.world_size() for k, total in distributed.sum_over_ranks(own).items()}
+        forward = distributed.gathered(sum(_seconds(*marks) for marks in self._forwards) / steps)
         images = self.images_per_step * steps / elapsed
         record = {
             "epoch": step / self.steps_per_epoch,
@@ -160,6 +177,9 @@ class Telemetry:
             "model_teraflops": images * self._flops_per_image / 1e12,
             "utilisation": images * self._flops_per_image / self._flops_of_matmul if self._flops_of_matmul else None,
             "step_seconds": elapsed / steps,
+            "forward_seconds_min": min(forward),
+            "forward_seconds_max": max(forward),
+            "slowest_rank": forward.index(max(forward)),
             "data_wait": mean["waited"] / elapsed,
             **distributed.max_over_ranks({"memory_gigabytes": _peak_memory(), "data_wait_max": self._waited / elapsed}),
             **distributed.sum_over_ranks({name: self._reads[name] for name in COUNTERS}),
@@ -167,7 +187,8 @@ class Telemetry:
         self.event("train", step, **record)
         self._show(step, record)
         self.replaced(step, self._replaced)
-        self._steps, self._losses, self._waited, self._replaced, self._reads = 0, [], 0.0, [], Counter()
+        self._steps, self._losses, self._forwards = 0, [], []
+        self._waited, self._replaced, self._reads = 0.0, [], Counter()
         self._last = time.monotonic()
 
     def profiled(self, step: int, parts: Sequence[tuple[str, float, float, float | None]]) -> None:
@@ -403,6 +424,23 @@ def _close_last_line(record: Path) -> int:
     complete = content[: content.rfind(b"\n") + 1]
     os.truncate(record, len(complete))
     return complete.count(b'{"event": "start"')
+
+
+def _mark() -> Any:
+    """Now, in the work of this rank: seconds, or an event in its accelerator's queue, for which nobody waits."""
+    if distributed.device().type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _seconds(begin: Any, end: Any) -> float:
+    """Between two marks. Waits for the accelerator to get there."""
+    if isinstance(end, float):
+        return float(end - begin)
+    end.synchronize()
+    return float(begin.elapsed_time(end) / 1000)
 
 
 def _peak_memory() -> float:

@@ -80,14 +80,14 @@ def train(
 
     Raises FloatingPointError when `guard` judges that it is enough, and Stopped, after saving, when it was signalled.
     """
-    batches = telemetry.timed(stream)
+    batches, loss = telemetry.timed(stream), telemetry.forward(task.loss)
     for step in range(start, stop):
         heartbeat.beat("training", step)
         # ------------------------------------------------------------------------------------------ the step
         probe.watching = due(step + 1, log_every, stop)
         if profiler is not None:
             profiler.before_step()
-        result = engine.step(seeded(islice(batches, engine.accumulation)), task.loss, schedule(step))
+        result = engine.step(seeded(islice(batches, engine.accumulation)), loss, schedule(step))
         telemetry.step(result.loss, result.applied)
         done = step + 1
         verdict = guard.after(done, *result)

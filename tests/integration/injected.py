@@ -1,6 +1,6 @@
 """Tasks that misbehave.
 
-Injected    its loss fails at the steps of INJECT, "3:nan 5:inf 7:hang", on the rank INJECT_RANK
+Injected    its loss fails at the steps of INJECT, "3:nan 5:inf 7:hang 8:slow", on the rank INJECT_RANK
 Slow        each step of the first start of a Slurm job takes SLOW seconds more
 """
 
@@ -26,9 +26,9 @@ class Injected(MaskedImageModelling):
         if torch.is_grad_enabled():
             faults = dict(fault.split(":") for fault in os.environ["INJECT"].split())
             if distributed.rank() == int(os.environ["INJECT_RANK"]) and str(self.step) in faults:
-                if faults[str(self.step)] == "hang":
-                    time.sleep(600)
-                loss = loss * float(faults[str(self.step)])
+                fault = faults[str(self.step)]
+                time.sleep({"hang": 600.0, "slow": 1.0}.get(fault, 0.0))
+                loss = loss if fault == "slow" else loss * float(fault)
             self.step += 1
         return loss
 

@@ -52,6 +52,15 @@ def test_one_rank_without_finite_gradients_is_a_skipped_step_of_all(launch: Laun
     assert run.losses()[:3] == plain.losses()[:3] and run.losses()[5] != plain.losses()[5]
 
 
+def test_a_slow_rank_can_be_told_from_one_that_waits_for_it(launch: Launch, shards: Path) -> None:
+    run = injected(launch, shards, "slow", "1:slow 2:slow", "steps=4")
+    assert run.returncode == 0, run.output
+    for step, line in run.events("train").items():
+        slow = step in (2, 3)
+        assert (line["forward_seconds_max"] - line["forward_seconds_min"] > 0.5) == slow, line
+        assert line["slowest_rank"] == 1 or not slow
+
+
 def test_three_in_a_row_abort_or_roll_back(launch: Launch, shards: Path) -> None:
     faults = "5:nan 6:nan 7:nan"
     aborted = injected(launch, shards, "abort", faults)

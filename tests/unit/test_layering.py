@@ -29,6 +29,7 @@ LAYERS = {
     "swinv2_scale.telemetry": 3,
     "swinv2_scale.checkpoint": 3,
     "swinv2_scale.report": 3,
+    "swinv2_scale.charts": 3,
     "swinv2_scale.dashboard": 3,
     "swinv2_scale.compare": 3,
     "swinv2_scale.export": 3,

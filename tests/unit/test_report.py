@@ -224,11 +224,11 @@ def test_long_series_are_thinned_but_keep_their_extremes(tmp_path: Path) -> None
     page = page_of(make_run(tmp_path, [start(), *lines]))
     loss, smoothed = points_of(page, "Loss")
     assert {(12_346, 9.5), (23_457, 0.25), (1, 2.1), (30_000, 2.5)} <= set(loss)
-    assert len(loss) <= 602
+    assert len(loss) <= 1202
     assert loss == sorted(loss)
     assert all(abs(value - 2.3) < 0.02 for _, value in smoothed)
     assert "not finite, not drawn: 1" in page
-    assert len(page) < 100_000
+    assert len(page) < 150_000
 
 
 def test_the_axis_is_logarithmic_where_values_span_decades(tmp_path: Path) -> None:
@@ -253,6 +253,40 @@ def test_amplitudes_are_shown_over_depth(tmp_path: Path) -> None:
     assert points_of(page, title) == [[(1, step), (2, 2.0), (3, 3.5)] for step in (10, 30, 40)]
     assert points_of(page, "Logit scale of each block, by depth (mean over heads)")[0] == [(1, 10.0), (3, 12.0)]
     assert "step 10 3.5" in text_of(page) and "block 3" in text_of(page)
+
+
+def test_amplitudes_are_shown_over_steps_and_depth(tmp_path: Path) -> None:
+    """With the first and the last step; what an attempt did beyond a resume is left out, what is not finite is red."""
+
+    def blocks(step: int, *amplitude: float | None) -> dict[str, Any]:
+        return {"event": "blocks", "step": step, "time": 1.0, "amplitude": amplitude}
+
+    lines = [start()]
+    for step in range(0, 300):
+        lines += [train(step, 1.0), blocks(step, 0.5 + step, 2.0)]
+    lines += [start(200, attempt=1), train(201, 1.0), blocks(201, None, 3000.0)]
+    page = page_of(make_run(tmp_path, lines))
+    (cells,) = re.findall(r'data-cells="([^"]*)"', page)
+    columns = cells.split(";")
+    assert columns[0] == "0:0.5,2" and columns[-1] == "201:not finite,3000" and len(columns) == 80
+    assert page.count('class="cell lost"') == 1 and "all: 0.5 to 3,000" in text_of(page)
+
+
+def test_the_spread_of_the_ranks_is_shown(tmp_path: Path) -> None:
+    spread = {"data_wait": 0.1, "data_wait_max": 0.2, "forward_seconds_min": 0.5, "slowest_rank": 1}
+    lines = [start(), *(train(step, 1.0, forward_seconds_max=0.6, **spread) for step in (1, 2, 3))]
+    page = page_of(
+        make_run(tmp_path, [*lines, train(4, 1.0, forward_seconds_max=0.6, **{**spread, "slowest_rank": 0})])
+    )
+    steps = range(1, 5)
+    assert points_of(page, "Forward passes of a step, slowest rank (s)") == [
+        [(step, value) for step in steps] for value in (0.6, 0.5)
+    ]
+    assert points_of(page, "Waiting for data (% of the time)") == [
+        [(step, value) for step in steps] for value in (10, 20)
+    ]
+    assert "slowest rank 1 most often (75 %), forward 20.0 % slower" in text_of(page)
+    assert "Slowest rank" not in text_of(page), "it has no chart"
 
 
 def test_runs_are_compared_on_one_page(tmp_path: Path) -> None:

@@ -88,36 +88,76 @@ class Failing:
         raise ConnectionError("no route to host")
 
 
-def hang(*_: Any, **__: Any) -> None:
-    Event().wait()
+class Hanging:
+    """A function of wandb that returns when it is released, and gives up where nobody does."""
+
+    def __init__(self) -> None:
+        self.release, self.called, self.gave_up = Event(), Event(), False
+
+    def __call__(self, *_: Any, **__: Any) -> None:
+        self.called.set()
+        self.gave_up = not self.release.wait(20)
 
 
-@pytest.mark.parametrize("where", ["absent", "init", "log", "finish", "init hangs", "log hangs", "finish hangs"])
+def wandb_that(where: str, what: Any) -> Any:
+    """A module wandb whose function `where` (init, log or finish) is `what`."""
+    stub: Any = ModuleType("wandb")
+    stub.Settings = SimpleNamespace
+    stub.Image = lambda path, caption: path
+    calls = {name: what if name == where else lambda *_, **__: None for name in ("log", "finish", "define_metric")}
+    stub.init = what if where == "init" else lambda **_: SimpleNamespace(**calls)
+    return stub
+
+
+@pytest.mark.parametrize("where", ["absent", "init", "log", "finish"])
 def test_wandb_may_fail_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, where: str) -> None:
-    """And costs neither the record nor, beyond a bound at the end, any time."""
-    monkeypatch.setattr("swinv2_scale.telemetry.SINK_SECONDS", 0.5)
-    stub: Any = None  # makes `import wandb` raise ImportError
-    if where != "absent":
-        stub = ModuleType("wandb")
-        stub.Settings = SimpleNamespace
-        calls: dict[str, Any] = dict.fromkeys(("log", "finish", "define_metric"), lambda *a, **k: None)
-        name, _, hangs = where.partition(" ")
-        if name != "init":
-            calls[name] = hang if hangs else Failing()
-        run = SimpleNamespace(**calls)
-        stub.init = (lambda **k: run) if name != "init" else (hang if hangs else Failing())
+    """It is told once, and the record is whole."""
+    stub = None if where == "absent" else wandb_that(where, Failing())  # None makes `import wandb` raise ImportError
     monkeypatch.setitem(sys.modules, "wandb", stub)
-    begin = time.monotonic()
-    t = telemetry(tmp_path, wandb="online")
-    t.start(0)
-    for step in range(1, 21):
-        t.step(torch.tensor(1.0), applied=True)
-        t.train(step)
-    assert time.monotonic() - begin < 0.4
-    t.end("finished")
-    assert time.monotonic() - begin < 1.5
+    train_with_wandb(tmp_path, steps=20).end("finished")
     assert [line["event"] for line in record(tmp_path)] == ["start", *["train"] * 20, "end"]
     assert capsys.readouterr().out.count("the run goes on, and metrics.jsonl is the record") == 1
+
+
+@pytest.mark.parametrize("lines", [1000, 3])
+@pytest.mark.parametrize("where", ["init", "log", "finish"])
+def test_no_step_waits_for_a_wandb_that_hangs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, where: str, lines: int
+) -> None:
+    """All steps are in the record, and the run ends, while wandb still hangs; also if its queue is full."""
+    monkeypatch.setattr("swinv2_scale.telemetry.SINK_SECONDS", 0.1)
+    monkeypatch.setattr("swinv2_scale.telemetry.SINK_LINES", lines)
+    hanging = Hanging()
+    monkeypatch.setitem(sys.modules, "wandb", wandb_that(where, hanging))
+    t = train_with_wandb(tmp_path, steps=20)
+    assert [line["event"] for line in record(tmp_path)] == ["start", *["train"] * 20]
+    if where != "finish":
+        assert hanging.called.wait(20) and not hanging.gave_up
+    t.end("finished")
+    assert not hanging.gave_up
+    hanging.release.set()
+    assert record(tmp_path)[-1]["event"] == "end"
+    assert capsys.readouterr().out.count("the run goes on, and metrics.jsonl is the record") == 1
+
+
+def train_with_wandb(run_dir: Path, steps: int) -> Telemetry:
+    """A run that has not ended yet."""
+    t = telemetry(run_dir, wandb="online")
+    t.start(0)
+    for step in range(1, steps + 1):
+        t.step(torch.tensor(1.0), applied=True)
+        t.train(step)
+    return t
+
+
+def test_wandb_gets_some_of_many_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    logged: list[dict[str, Any]] = []
+    monkeypatch.setitem(sys.modules, "wandb", wandb_that("log", logged.append))
+    t = telemetry(tmp_path, wandb="online")
+    t.pictures(2, "predictions", [Picture(torch.zeros(3, 4, 4, dtype=torch.uint8), "7", False)] * 40)
+    t.end("finished")
+    (images,) = [line["pictures/predictions"] for line in logged if "pictures/predictions" in line]
+    assert len(images) == 16 and len(list((tmp_path / "pictures").iterdir())) == 40
 
 
 def test_unknown_wandb_mode_is_refused(tmp_path: Path) -> None:
@@ -139,6 +179,62 @@ def test_the_report_reads_what_telemetry_writes(tmp_path: Path) -> None:
     assert "7 &lt;b&gt;" in page
     assert "data:image/png;base64" in page
     assert "held-out top-1 10.0 % -> 90.0 %" in headline(tmp_path).replace("\n", " ")
+
+
+def test_the_slowest_rank_is_known_by_its_forward_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the sum over a step's; those of the record before are forgotten."""
+    marks = iter([0.0, 0.25, 1.0, 1.5, 2.0, 2.125, 3.0, 3.0])
+    monkeypatch.setattr("swinv2_scale.telemetry._mark", lambda: next(marks))
+    monkeypatch.setattr(
+        "swinv2_scale.telemetry.distributed.gathered", lambda own: [0.001, own, 0.002] if own else [own]
+    )
+    t = telemetry(tmp_path)
+    t.start(0)
+    loss = t.forward(lambda model, batch: batch["x"])
+    for step in (1, 2):
+        assert loss(None, {"x": 5}) == loss(None, {"x": 5}) == 5
+        t.step(torch.tensor(1.0), applied=True)
+        t.train(step)
+    keys = ("forward_seconds_min", "forward_seconds_max", "slowest_rank")
+    found = [tuple(line[key] for key in keys) for line in record(tmp_path)[1:]]
+    assert found == [(0.001, 0.75, 1), (0.001, 0.125, 1)]
+
+
+def test_forward_passes_on_an_accelerator_are_timed_without_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[int] = []
+
+    class Clock:
+        """An event whose accelerator takes 250 ms from one to the next."""
+
+        count = 0
+
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            Clock.count += 1
+            self.at = 250.0 * Clock.count
+
+        def synchronize(self) -> None:
+            waits.append(1)
+
+        def elapsed_time(self, other: "Clock") -> float:
+            return other.at - self.at
+
+    t = telemetry(tmp_path)
+    t.start(0)
+    with monkeypatch.context() as patch:
+        patch.setattr("torch.cuda.Event", Clock)
+        patch.setattr("swinv2_scale.telemetry.distributed.device", lambda: torch.device("cuda"))
+        loss = t.forward(lambda model, batch: batch["x"])
+        for _ in range(3):
+            loss(None, {"x": 5})
+            t.step(torch.tensor(1.0), applied=True)
+    assert not waits, "a step waited"
+    t.train(3)
+    assert record(tmp_path)[-1]["forward_seconds_max"] == pytest.approx(0.25)
 
 
 def test_utilisation_is_of_what_matrix_products_reach(tmp_path: Path) -> None:
