@@ -24,7 +24,7 @@ MAX_LOGIT_SCALE = 4.605170249938965
 # Sequential form: as many windows at a time as keep their logits within this many bytes.
 SEQUENTIAL_BYTES = 64 * 2**20
 
-IMPLEMENTATIONS = ("auto", "reference", "sequential", "cpu", "cuda")
+IMPLEMENTATIONS = ("auto", "reference", "sequential", "kernel", "cpu", "cuda")
 _said: set[str] = set()  # what was chosen, and why, is logged once
 
 
@@ -49,8 +49,8 @@ def cosine_window_attention(
                  (not strict once the scale exceeds about 33), or -inf
     implementation  "reference": all windows at once. "sequential": a chunk of windows at a time, each recomputed in
                  backward, so that only one chunk's logits exist (the sequential self-attention of the paper,
-                 section 3.4). "cpu", "cuda": the native kernel, which keeps nothing of the size of the logits.
-                 "auto": the kernel of qkv's device where it applies, else the reference.
+                 section 3.4). "cpu", "cuda": the native kernel, which keeps nothing of the size of the logits;
+                 "kernel": that of qkv's device. "auto": the same where it applies, else the reference.
     Returns (B, *grid, H·D) in qkv's type, which the kernels take from autocast where it is on.
     Differentiable in qkv, logit_scale and bias_table.
     Raises ValueError for shapes, windows or names that do not fit, and for a kernel by name that does not apply.
@@ -58,8 +58,12 @@ def cosine_window_attention(
     batch, *grid, _, heads, width = _checked(qkv, logit_scale, bias_table, window, shift, implementation)
     if implementation == "auto":
         implementation = _choose(qkv, logit_scale, bias_table, window)
-    if implementation in ("cpu", "cuda"):
-        if (reason := native.unfit(implementation, qkv, logit_scale, bias_table, window)) is not None:
+    if implementation in ("kernel", "cpu", "cuda"):
+        if implementation == "kernel":
+            reason = why_reference(qkv, logit_scale, bias_table, window)
+        else:
+            reason = native.unfit(implementation, qkv, logit_scale, bias_table, window)
+        if reason is not None:
             raise ValueError(f"implementation {implementation!r} does not apply: {reason}; 'auto' or 'reference' do")
         return native.cosine_window_attention(qkv, logit_scale, bias_table, window, shift, mask_value)
 
