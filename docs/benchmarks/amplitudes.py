@@ -58,7 +58,7 @@ class Result(NamedTuple):
 
 
 def build(norm: str) -> nn.Module:
-    """A model of 4.5 M parameters for ten classes."""
+    """A model of 5.5 M parameters for ten classes."""
     settings = {"embed_dim": 32, "depths": DEPTHS, "num_heads": (1, 2, 4, 8), "window_size": 4, "image_size": SIDE}
     model = swinv2_scale.create_model("debug", num_classes=10, **settings)
     if norm == "pre-norm":
