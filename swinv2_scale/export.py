@@ -21,8 +21,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from swinv2_scale import config
+from swinv2_scale.models import memory
 from swinv2_scale.models.convert import describe, load_checkpoint
-from swinv2_scale.models.swin_v2 import Block, SwinTransformerV2, WindowAttention
+from swinv2_scale.models.swin_v2 import SwinTransformerV2, WindowAttention
 
 FORMATS = {".safetensors": "safetensors", ".pt2": "torch-export", ".onnx": "onnx"}
 # The largest difference between a graph and the model, relative to the largest output; float32 gives about 1e-6.
@@ -163,10 +164,9 @@ class Table(nn.Module):
 def frozen(model: SwinTransformerV2, image_size: Sequence[int]) -> SwinTransformerV2:
     """A copy that shares the weights, as it computes images of one size: no policies, plain attention, bias tables."""
     twin = copy.deepcopy(model, memo={id(p): p for p in model.parameters()}).eval()
+    memory.remove(twin)
     for module in twin.modules():
-        if isinstance(module, Block):
-            module.__dict__.pop("forward", None)  # a policy of models/memory.py
-        elif isinstance(module, WindowAttention):
+        if isinstance(module, WindowAttention):
             module.implementation = "reference"
             module.cpb_mlp.register_forward_hook(_keep_table)
     twin(torch.zeros(1, twin.patch_embed.proj.in_channels, *image_size, device=twin.norm.weight.device))

@@ -294,7 +294,7 @@ def starting_weights(cfg: Any, model: nn.Module) -> Callable[[str], Tensor]:
 def check_kernel(attention: str) -> None:
     """Refuse to train, on all ranks, where the kernel that memory.attention chooses fails on any. Collective."""
     device, problem = distributed.device(), ""
-    if attention in ("auto", device.type) and device.type not in native.missing:
+    if attention in ("auto", "kernel", device.type) and device.type not in native.missing:
         try:
             selfcheck.check_kernel(device)
         except ValueError as error:

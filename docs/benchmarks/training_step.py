@@ -2,6 +2,7 @@
 
     python docs/benchmarks/training_step.py                        # 256 pixels at window 8, 1536 pixels at window 48
     python docs/benchmarks/training_step.py --sizes 256/8/8        # image size / window / batch
+    python docs/benchmarks/training_step.py --libraries timm       # this project and timm
 
 A step is forward in bfloat16 under autocast, cross-entropy, backward, AdamW in float32. Each library trains in a
 process of its own, in turn, round after round; memory is the peak of the process above the model's weights. A process
@@ -22,7 +23,7 @@ import torch
 from torch import nn
 
 PROJECT = ("this project", "this project, memory=block")
-LIBRARIES = (*PROJECT, "timm", "torchvision", "transformers")
+LIBRARIES = ("timm", "torchvision", "transformers")
 DEPTHS, HEADS, WIDTH, CLASSES = (2, 2, 6, 2), (3, 6, 12, 24), 96, 1000
 POLL = 0.02  # seconds between looks at a process's memory
 
@@ -104,9 +105,10 @@ def stop_above(process: subprocess.Popen[str], limit: float) -> None:
 
 def compare(image: int, window: int, batch: int, arguments: argparse.Namespace) -> None:
     """Print the rows of one size."""
-    results: dict[str, list[tuple[float, float]]] = {library: [] for library in LIBRARIES}
+    libraries = (*PROJECT, *arguments.libraries)
+    results: dict[str, list[tuple[float, float]]] = {library: [] for library in libraries}
     for rounds in range(arguments.rounds):
-        for library in LIBRARIES:
+        for library in libraries:
             if len(results[library]) < rounds:
                 continue  # it was stopped
             command = [sys.executable, __file__, "--serve", library, "--threads", str(arguments.threads)]
@@ -139,6 +141,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", default="256/8/8,1536/48/1", help="image size / window / batch, comma-separated")
+    parser.add_argument("--libraries", nargs="+", choices=LIBRARIES, default=LIBRARIES)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())

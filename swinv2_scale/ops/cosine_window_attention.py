@@ -21,10 +21,11 @@ log = logging.getLogger(__name__)
 # The largest logit scale, log 100 rounded to float32 as in the released code, which shows in float64 comparisons.
 # A Python float: a tensor would live on one device (a known defect of public implementations).
 MAX_LOGIT_SCALE = 4.605170249938965
-# Sequential form: as many windows at a time as keep their logits within this many bytes.
-SEQUENTIAL_BYTES = 64 * 2**20
+# Sequential form: as many heads and windows at a time as keep their logits within this many bytes, of which backward
+# needs a dozen times as much.
+SEQUENTIAL_BYTES = 16 * 2**20
 
-IMPLEMENTATIONS = ("auto", "reference", "sequential", "cpu", "cuda")
+IMPLEMENTATIONS = ("auto", "reference", "sequential", "kernel", "cpu", "cuda")
 _said: set[str] = set()  # what was chosen, and why, is logged once
 
 
@@ -47,10 +48,10 @@ def cosine_window_attention(
     shift        tokens per axis, 0 … w - 1
     mask_value   added between tokens of one window that are not neighbours on the map: -100 as released weights expect
                  (not strict once the scale exceeds about 33), or -inf
-    implementation  "reference": all windows at once. "sequential": a chunk of windows at a time, each recomputed in
-                 backward, so that only one chunk's logits exist (the sequential self-attention of the paper,
-                 section 3.4). "cpu", "cuda": the native kernel, which keeps nothing of the size of the logits.
-                 "auto": the kernel of qkv's device where it applies, else the reference.
+    implementation  "reference": all windows at once. "sequential": a chunk of heads and windows at a time, each
+                 recomputed in backward, so that only one chunk's logits exist (the sequential self-attention of the
+                 paper, section 3.4). "cpu", "cuda": the native kernel, which keeps nothing of the size of the logits;
+                 "kernel": that of qkv's device. "auto": the same where it applies, else the reference.
     Returns (B, *grid, H·D) in qkv's type, which the kernels take from autocast where it is on.
     Differentiable in qkv, logit_scale and bias_table.
     Raises ValueError for shapes, windows or names that do not fit, and for a kernel by name that does not apply.
@@ -58,8 +59,12 @@ def cosine_window_attention(
     batch, *grid, _, heads, width = _checked(qkv, logit_scale, bias_table, window, shift, implementation)
     if implementation == "auto":
         implementation = _choose(qkv, logit_scale, bias_table, window)
-    if implementation in ("cpu", "cuda"):
-        if (reason := native.unfit(implementation, qkv, logit_scale, bias_table, window)) is not None:
+    if implementation in ("kernel", "cpu", "cuda"):
+        if implementation == "kernel":
+            reason = why_reference(qkv, logit_scale, bias_table, window)
+        else:
+            reason = native.unfit(implementation, qkv, logit_scale, bias_table, window)
+        if reason is not None:
             raise ValueError(f"implementation {implementation!r} does not apply: {reason}; 'auto' or 'reference' do")
         return native.cosine_window_attention(qkv, logit_scale, bias_table, window, shift, mask_value)
 
@@ -70,24 +75,29 @@ def cosine_window_attention(
     region_MN = windows.regions(grid, window, shift, qkv.device) if any(shift) else None
     absent_MN = windows.absent_tokens(grid, window, shift, qkv.device) if padded else None
 
-    def attend(x: Tensor, region: Tensor | None, absent: Tensor | None) -> Tensor:
-        bias_HNN = bias_table.flatten(1)[:, index]
-        return _attend(x, logit_scale, bias_HNN, _mask(region, absent, mask_value, bias_table.dtype))
+    def attend(x: Tensor, region: Tensor | None, absent: Tensor | None, of: slice) -> Tensor:
+        bias_HNN = bias_table[of].flatten(1)[:, index]
+        return _attend(x, logit_scale[of], bias_HNN, _mask(region, absent, mask_value, bias_table.dtype))
 
     if implementation == "sequential":
-        tokens = math.prod(window)
-        chunk = max(1, SEQUENTIAL_BYTES // (batch * heads * tokens * tokens * bias_table.element_size()))
-        outputs, start = [], 0
-        for x in x_BMNthd.split(chunk, dim=1):
-            part = slice(start, start + chunk)
+        one = batch * math.prod(window) ** 2 * bias_table.element_size()  # of a head and window
+        some_heads = min(heads, max(1, SEQUENTIAL_BYTES // one))
+        some_windows = max(1, SEQUENTIAL_BYTES // (one * some_heads))
+        outputs = []
+        for part in _slices(x_BMNthd.shape[1], some_windows):
             region = None if region_MN is None else region_MN[part]
             absent = None if absent_MN is None else absent_MN[part]
-            outputs.append(checkpoint(attend, x, region, absent, use_reentrant=False, preserve_rng_state=False))
-            start += chunk
+            x_parts = [(x_BMNthd[:, part, :, :, of], region, absent, of) for of in _slices(heads, some_heads)]
+            kept = [checkpoint(attend, *part, use_reentrant=False, preserve_rng_state=False) for part in x_parts]
+            outputs.append(torch.cat(kept, dim=-1))
         out = torch.cat(outputs, dim=1)
     else:
-        out = attend(x_BMNthd, region_MN, absent_MN)
+        out = attend(x_BMNthd, region_MN, absent_MN, slice(heads))
     return windows.merge(out, grid, window, shift)
+
+
+def _slices(length: int, step: int) -> list[slice]:
+    return [slice(start, start + step) for start in range(0, length, step)]
 
 
 def why_reference(qkv: Tensor, logit_scale: Tensor, bias_table: Tensor, window: Sequence[int]) -> str | None:
