@@ -17,7 +17,7 @@ from typing import IO, Any, NoReturn, TypeVar
 import torch
 from torch import nn
 
-from swinv2_scale import checkpoint, config, distributed, report, signals
+from swinv2_scale import checkpoint, config, distributed, planner, report, signals
 from swinv2_scale.data.manifest import Manifest, open_manifest
 from swinv2_scale.data.mixture import Mixture, open_mixture
 from swinv2_scale.data.order import Order
@@ -33,7 +33,7 @@ from swinv2_scale.models.swin_v2 import PATCH
 from swinv2_scale.ops import native, selfcheck
 from swinv2_scale.optim import Schedule, parameter_groups
 from swinv2_scale.profile import Profiler
-from swinv2_scale.telemetry import RECORD, Telemetry
+from swinv2_scale.telemetry import RECORD, Telemetry, peak_memory
 from swinv2_scale.train import Evaluation, Task, evaluate, train
 
 T = TypeVar("T")
@@ -90,6 +90,7 @@ def training(cfg: Any) -> None:
     telemetry = open_telemetry(cfg, steps, order.steps_per_epoch)
     # 3  model and engine, with the state of the newest checkpoint if there is one
     check_kernel(cfg.memory.attention)
+    telemetry.planned_gigabytes = say_plan(cfg, telemetry)
     identity = {"seed": cfg.seed, "global_batch": cfg.global_batch, **data.identity}
     identity |= {"optim.name": cfg.optim.name, "optim.ema_decay": cfg.optim.ema_decay}
     identity |= {f"model.{key}": value for key, value in config.plain(cfg.model).items()}
@@ -257,6 +258,23 @@ def open_model(
         config.write_copy(cfg, run_dir)
         (run_dir / "deepspeed.json").write_text(json.dumps(ds_config, indent=1) + "\n")
     return model, engine, probe, start
+
+
+def say_plan(cfg: Any, telemetry: Telemetry) -> float | None:
+    """Say what a rank's memory should be at its peak, in 10^9 bytes as telemetry measures it; None if there is no plan.
+
+    Before there is a model: on a CPU, what the process has by then counts too.
+    """
+    device = distributed.device().type
+    try:
+        plan = planner.plan(cfg, ranks=distributed.world_size(), device=device)
+    except ValueError as error:
+        telemetry.say(f"no plan of the memory: {error}")
+        return None
+    before = peak_memory() if device == "cpu" else 0.0
+    already = f" beside the {before:.1f} GB that the process has" if before else ""
+    telemetry.say(f"planned: {plan.peak_bytes / 1e9:.2f} GB of memory a rank at the peak{already}, {plan.summary()}")
+    return before + plan.peak_bytes / 1e9
 
 
 def check_kernel(attention: str) -> None:
