@@ -76,7 +76,7 @@ def test_a_search_trades_operations_for_room() -> None:
     ("argv", "message"),
     [
         (["noeds=2"], r"'noeds' in 'noeds=2' is not a setting. Did you mean 'nodes'\?"),
-        (["gpsu=2"], r"Did you mean 'gpus'\?"),
+        (["gpuss=2"], r"Did you mean 'gpus'\?"),
         (["modle=g"], r"'modle' .* Did you mean 'model'\?"),
         (["gpu=A100"], r"gpu=A100 is not known: give one of A100-40, .* or a size such as 24GB"),
         (["nodes=0"], r"nodes=0: give a number from 1"),
