@@ -312,4 +312,4 @@ def search(cfg: Any, cluster: Any, *, ranks: int) -> list[tuple[str, Plan, float
             f"no policy fits {capacity(cluster) / GIB:.1f} GiB with global_batch={cfg.global_batch} on {ranks} ranks: "
             f"the least takes {least / GIB:.1f} GiB. Add nodes, or parallel=zero2 or zero3"
         )
-    return sorted(found, key=lambda one: (round(one[2], 3), -one[1].micro_batch))
+    return sorted(found, key=lambda one: (one[2], -one[1].micro_batch))
