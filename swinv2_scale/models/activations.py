@@ -123,20 +123,16 @@ def activations(
         found.kept[unit.name] = found.kept.get(unit.name, 0.0) + (0.0 if on_host else size)
     walk = _Walk(found.total, gradient=low, lasting=lasting_gradient)
     for unit in reversed(parts):
-        again = 0.0
+        until_done = 0.0
         if unit.policy == "recompute":
-            again = unit.kept() - unit.source
-        elif unit.policy == "offload":  # its output and that output's gradient are held while the rest is walked
-            again = unit.kept() - (unit.source if device == "cpu" else 0.0)
-            walk.live += 2 * unit.chains[-1].ops[-1].out
-        walk.live += again
-        if unit.policy == "recompute":
+            until_done = unit.pinned
+            walk.live += unit.kept() - unit.source
             walk.run_again(unit)
+        elif unit.policy == "offload":  # fairscale holds its output, and that output's gradient
+            until_done = 2 * unit.chains[-1].ops[-1].out
+            walk.live += unit.kept() - (unit.source if device == "cpu" else 0.0) + until_done
         walk.backward(unit)
-        if unit.policy == "recompute":
-            walk.live -= unit.pinned
-        elif unit.policy == "offload":
-            walk.live -= 2 * unit.chains[-1].ops[-1].out
+        walk.live -= until_done
     found.peak, found.workspace = walk.peak, walk.workspace
     return found
 
@@ -288,7 +284,8 @@ def _block(
     else:
         padded = images * math.prod(padded_grid(grid, window)) * channels * low
         windows = images * math.prod(padded_grid(grid, window)) // math.prod(window)
-        attend = _attend(padded, window, windows, heads, low, chunked=attention == "sequential")
+        chunked = attention == "sequential"
+        attend = _attend(padded, window, windows, heads, low, images if chunked else None)
         attend = attend._replace(extra=attend.extra + bias_kept + table, scratch=max(attend.scratch, bias_scratch))
         copies = 1 + any(shift)  # cut into windows, and rolled; and back
         ops = [*[Op(3 * padded)] * copies, attend, *[Op(padded)] * copies]
@@ -306,8 +303,8 @@ def _block(
     return chains if isinstance(block.enorm, nn.Identity) else [*chains, Chain(_norm(tokens, channels, low))]
 
 
-def _attend(size: float, window: Sequence[int], windows: int, heads: int, low: int, *, chunked: bool) -> Op:
-    """The reference on 3 · `size` bytes of windows, of all images: all of them at once, or chunks that run again.
+def _attend(size: float, window: Sequence[int], windows: int, heads: int, low: int, images: int | None) -> Op:
+    """The reference on 3 · `size` bytes of windows, of all images: at once, or, given `images`, chunks that run again.
 
     Of every logit 16 bytes are live when the scale's gradient is made, of those 8 or 10 were kept: logits and softmax
     in float32, and the softmax in the type of v. Of q, k and v: copies in that type, q and k in float32.
@@ -319,11 +316,12 @@ def _attend(size: float, window: Sequence[int], windows: int, heads: int, low: i
     table = EXACT * heads * square  # the bias of every pair of tokens, and later its gradient
     index = 8 * square
     logits = windows * heads * square
-    if not chunked:
+    if images is None:
         extra = per_logit * logits + copies + index
         scratch = (4 * EXACT - per_logit) * logits + table - 2 * size
         return Op(size, keeps_input=low == EXACT, extra=extra, scratch=scratch)
-    chunk = min(logits, max(SEQUENTIAL_BYTES // EXACT, heads * square))
+    least = images * heads * square  # one window of each image
+    chunk = min(logits, max(1, SEQUENTIAL_BYTES // (EXACT * least)) * least)
     scratch = 4 * EXACT * chunk + table + (copies - 3 * size) * chunk / logits
     return Op(size, True, extra=index, scratch=max(scratch, 3 * size))
 
