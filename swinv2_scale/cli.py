@@ -1,4 +1,4 @@
-"""The command line: `swinv2-scale data|checkpoint|embed|report|doctor`.
+"""The command line: `swinv2-scale data|checkpoint|embed|plan|report|log|doctor`.
 
 Each command is one `_add_…` function that declares its arguments, and one `_…` function that runs it and returns the
 exit code. Heavy modules are imported where they are used, so that `--help` answers at once. A ValueError or an OSError
@@ -21,6 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_data(commands)
     _add_checkpoint(commands)
     _add_embed(commands)
+    _add_plan(commands)
     _add_report(commands)
     _add_log(commands)
     _add_doctor(commands)
@@ -333,6 +334,23 @@ def _embed(arguments: argparse.Namespace) -> int:
     )
     print(f"{rows} embeddings of {arguments.data}: {arguments.destination}")
     return 0
+
+
+def _add_plan(commands: Any) -> None:
+    plan = commands.add_parser(
+        "plan", help="memory, operations and time of a training before it runs; 1 if it is too big"
+    )
+    plan.add_argument("settings", nargs="*", help="[pretrain|finetune] key=value …, also of conf/plan.yaml: nodes, gpu")
+    plan.add_argument("--search", action="store_true", help="memory policies and micro-batches that fit, fastest first")
+    plan.add_argument("--html", type=Path, metavar="FILE", help="also write a page")
+    plan.add_argument("--json", action="store_true", help="print one JSON object")
+    plan.set_defaults(run=_plan)
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from swinv2_scale.plan_report import run
+
+    return run(arguments.settings, html=arguments.html, as_json=arguments.json, search=arguments.search)
 
 
 def _add_report(commands: Any) -> None:

@@ -23,10 +23,13 @@ CONF = next(path for path in (Path(__file__).parent / "conf", Path(__file__).par
 LAUNCHER_ARGUMENT = re.compile(r"--local[_-]rank(=\d+)?")
 
 
-def compose(config_name: str, argv: Sequence[str], model: Sequence[str] = ()) -> DictConfig:
+def compose(
+    config_name: str, argv: Sequence[str], model: Sequence[str] = (), fill: dict[str, Any] | None = None
+) -> DictConfig:
     """The resolved, locked configuration of conf/{config_name}.yaml with the overrides of argv.
 
-    `model` are overrides to which conf and experiments give way, and which give way to argv.
+    `model` are overrides to which conf and experiments give way, and which give way to argv; `fill` has values for keys
+    that would otherwise be missing.
 
     Raises ValueError that names the key or choice that does not exist, on the command line or in an experiment's file,
     and what was probably meant.
@@ -37,6 +40,9 @@ def compose(config_name: str, argv: Sequence[str], model: Sequence[str] = ()) ->
         raise ValueError(f"{wrong[0]!r} is not a setting: write key=value, for example micro_batch=8 or model=t")
     try:
         cfg, known = _compose(config_name, overrides), _known_keys(config_name, overrides)
+        for key, value in (fill or {}).items():
+            if _settings(cfg)[key] == "???":
+                OmegaConf.update(cfg, key, value)
         settings = _settings(cfg)
         unknown = [key for key in settings if key not in known]
         if unknown:
@@ -92,6 +98,38 @@ def compose_model(size: str, **arguments: Any) -> DictConfig:
             )
         OmegaConf.update(cfg, key, value, merge=False, force_add=True)
     return cfg
+
+
+def memory_policies() -> dict[str, dict[str, Any]]:
+    """The policies of conf/memory by name, as arguments of memory.apply."""
+    names = sorted(path.stem for path in (CONF / "memory").glob("[!_]*.yaml"))
+    return {name: plain(_compose(f"memory/{name}", []).memory) for name in names}
+
+
+def own_settings(config_name: str, argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Arguments that set keys of conf/{config_name}.yaml, and the others; a key that is almost one of them is an error.
+
+    Raises ValueError that names the key which was probably meant.
+    """
+    known = list(_settings(_compose(config_name, [])))
+    own = [argument for argument in argv if argument.partition("=")[0] in known]
+    others = [argument for argument in argv if argument not in own]
+    elsewhere = {*_groups(), *_settings(_compose("pretrain", []))}
+    for argument in others:
+        key = argument.partition("=")[0]
+        close = [] if key in elsewhere else difflib.get_close_matches(key, [*known, *elsewhere], n=1, cutoff=0.6)
+        if close and close[0] in known:
+            raise ValueError(f"{key!r} in {argument!r} is not a setting. Did you mean {close[0]!r}?")
+    return own, others
+
+
+def stage_of(argv: Sequence[str]) -> str:
+    """The script of an experiment, by the command in its file's head: pretrain or finetune; pretrain without one."""
+    for argument in argv:
+        path = CONF / "experiment" / f"{argument.removeprefix('experiment=')}.yaml"
+        if argument.startswith("experiment=") and path.exists():
+            return "finetune" if "launch/finetune.py" in path.read_text() else "pretrain"
+    return "pretrain"
 
 
 def data_defaults() -> Any:

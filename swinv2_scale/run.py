@@ -16,7 +16,7 @@ from typing import IO, Any, NoReturn, TypeVar
 import torch
 from torch import Tensor, nn
 
-from swinv2_scale import checkpoint, config, distributed, report, signals
+from swinv2_scale import checkpoint, config, distributed, planner, report, signals
 from swinv2_scale.data.manifest import Manifest, open_manifest
 from swinv2_scale.data.mixture import Mixture, open_mixture
 from swinv2_scale.data.order import Order
@@ -35,7 +35,7 @@ from swinv2_scale.ops import native, selfcheck
 from swinv2_scale.optim import Schedule, parameter_groups
 from swinv2_scale.parallel import PRECISIONS, deepspeed_config
 from swinv2_scale.profile import Profiler
-from swinv2_scale.telemetry import RECORD, Telemetry
+from swinv2_scale.telemetry import RECORD, Telemetry, peak_memory
 from swinv2_scale.train import Task, evaluate, train
 
 T = TypeVar("T")
@@ -92,6 +92,7 @@ def training(cfg: Any) -> None:
     telemetry = open_telemetry(cfg, steps, order.steps_per_epoch)
     # 3  model and engine, with the state of the newest checkpoint if there is one
     check_kernel(cfg.memory.attention)
+    telemetry.planned_gigabytes = say_plan(cfg, telemetry)
     identity = {"seed": cfg.seed, "global_batch": cfg.global_batch, **data.identity}
     identity |= {"optim.name": cfg.optim.name, "optim.ema_decay": cfg.optim.ema_decay}
     identity |= {f"model.{key}": value for key, value in config.plain(cfg.model).items()}
@@ -289,6 +290,23 @@ def starting_weights(cfg: Any, model: nn.Module) -> Callable[[str], Tensor]:
         return fresh
     tensors, _ = fitted(model, start_weights(cfg.checkpoint))
     return lambda name: tensors[name].float() if name in tensors else fresh(name)
+
+
+def say_plan(cfg: Any, telemetry: Telemetry) -> float | None:
+    """Say what a rank's memory should be at its peak, in 10^9 bytes as telemetry measures it; None if there is no plan.
+
+    Before there is a model: on a CPU, what the process has by then counts too.
+    """
+    device = distributed.device().type
+    try:
+        plan = planner.plan(cfg, ranks=distributed.world_size(), device=device)
+    except ValueError as error:
+        telemetry.say(f"no plan of the memory: {error}")
+        return None
+    before = peak_memory() if device == "cpu" else 0.0
+    already = f" beside the {before:.1f} GB that the process has" if before else ""
+    telemetry.say(f"planned: {plan.peak_bytes / 1e9:.2f} GB of memory a rank at the peak{already}, {plan.summary()}")
+    return before + plan.peak_bytes / 1e9
 
 
 def check_kernel(attention: str) -> None:

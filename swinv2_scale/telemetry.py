@@ -33,6 +33,8 @@ RECORD = "metrics.jsonl"
 SINK_SECONDS = 60  # that the end of a run waits for wandb and TensorBoard together
 SINK_LINES = 1000  # that may wait for them
 PICTURES = 16  # of one collection, that they are given
+# By how much memory may depart from its plan unsaid. On a CPU, libraries that the first step loads are not planned.
+PLAN_SHARE, PLAN_GIGABYTES = 0.2, 0.5
 
 
 class Picture(NamedTuple):
@@ -82,6 +84,7 @@ class Telemetry:
         self._flops_per_image = self._flops_of_matmul = 0.0
         self._sinks: list[Sink] = []
         self._progress: Progress | None = None
+        self.planned_gigabytes: float | None = None  # of a rank's memory at its peak; None: not planned, or compared
         if self.writes:
             self.attempt = _close_last_line(run_dir / RECORD)
             self._file = (run_dir / RECORD).open("a")
@@ -168,7 +171,7 @@ class Telemetry:
         mean = {k: total / distributed.world_size() for k, total in distributed.sum_over_ranks(own).items()}
         forward = distributed.gathered(sum(_seconds(*marks) for marks in self._forwards) / steps)
         images = self.images_per_step * steps / elapsed
-        record = {
+        record: dict[str, Any] = {
             "epoch": step / self.steps_per_epoch,
             "loss": mean["loss"],
             "skipped": steps - len(self._losses),
@@ -181,15 +184,24 @@ class Telemetry:
             "forward_seconds_max": max(forward),
             "slowest_rank": forward.index(max(forward)),
             "data_wait": mean["waited"] / elapsed,
-            **distributed.max_over_ranks({"memory_gigabytes": _peak_memory(), "data_wait_max": self._waited / elapsed}),
+            **distributed.max_over_ranks({"memory_gigabytes": peak_memory(), "data_wait_max": self._waited / elapsed}),
             **distributed.sum_over_ranks({name: self._reads[name] for name in COUNTERS}),
         }
         self.event("train", step, **record)
         self._show(step, record)
+        self._compare_memory(step, record["memory_gigabytes"])
         self.replaced(step, self._replaced)
         self._steps, self._losses, self._forwards = 0, [], []
         self._waited, self._replaced, self._reads = 0.0, [], Counter()
         self._last = time.monotonic()
+
+    def _compare_memory(self, step: int, found: float) -> None:
+        """Say once when memory departs from its plan by more than PLAN_SHARE of it and PLAN_GIGABYTES."""
+        planned = self.planned_gigabytes
+        if planned is not None and abs(found - planned) > PLAN_SHARE * planned + PLAN_GIGABYTES:
+            self.planned_gigabytes = None
+            self.event("memory", step, planned_gigabytes=planned, memory_gigabytes=found)
+            self.say(f"step {step}: memory is {found:.2f} GB, planned were {planned:.2f} GB; see docs/planner.md")
 
     def profiled(self, step: int, parts: Sequence[tuple[str, float, float, float | None]]) -> None:
         """Record and print what a profile found: part, seconds a step, share, share of the rate of matrix products."""
@@ -443,7 +455,7 @@ def _seconds(begin: Any, end: Any) -> float:
     return float(begin.elapsed_time(end) / 1000)
 
 
-def _peak_memory() -> float:
+def peak_memory() -> float:
     """Largest memory of this rank so far, in 10^9 bytes: of the accelerator, or of the process."""
     if distributed.device().type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9

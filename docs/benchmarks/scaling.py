@@ -15,13 +15,15 @@ from functools import cache
 from typing import Any
 
 import torch
+import yaml
 from torch import multiprocessing
 
 import swinv2_scale
-from swinv2_scale import distributed
-from swinv2_scale.engine import build_engine, deepspeed_config, optimizer
+from swinv2_scale import config, distributed
+from swinv2_scale.engine import build_engine, optimizer
 from swinv2_scale.models.accounting import forward_flops
 from swinv2_scale.optim import parameter_groups
+from swinv2_scale.parallel import deepspeed_config
 
 # ------------------------------------------------------------------------------------------------------------- computed
 
@@ -38,6 +40,7 @@ class Machine:
     node: int = 8
 
 
+PARALLEL = yaml.safe_load((config.CONF / "parallel/_common.yaml").read_text())
 A100 = Machine("A100-80", bf16_peak=312e12, memory=2.0e12, inside=300e9, between=25e9)
 H100 = Machine("H100-80", bf16_peak=989e12, memory=3.35e12, inside=450e9, between=50e9)
 # Assumed shares of those figures that are reached.
@@ -198,15 +201,12 @@ def measure() -> dict[str, float]:
         global_batch=MICRO_BATCH * ranks,
         micro_batch=MICRO_BATCH,
         world_size=ranks,
-        zero_stage=1,
         precision="bf16",
         gradient_clip=5.0,
-        reduce_bucket_size=50_000_000,
-        allgather_bucket_size=50_000_000,
-        overlap_comm=False,
+        **PARALLEL | {"zero_stage": 1},
     )
     groups = parameter_groups(model, depths(model), weight_decay=0.05, layer_decay=None)
-    make = optimizer("adamw", implementation="torch", zero_stage=1, betas=(0.9, 0.999), eps=1e-8)
+    make = optimizer("adamw", implementation="torch", zero_stage=1, offload=None, betas=(0.9, 0.999), eps=1e-8)
     engine = build_engine(model, groups, optimizer=make, precision="bf16", ds_config=ds_config)
     batch = {"image": torch.randn(MICRO_BATCH, 3, SIDE, SIDE), "label": torch.randint(0, CLASSES, (MICRO_BATCH,))}
     times = []

@@ -2,10 +2,11 @@
 
 import statistics
 import time
+from collections.abc import Sequence
 
 import torch
 
-from swinv2_scale.models.swin_v2 import PATCH, SwinTransformerV2
+from swinv2_scale.models.swin_v2 import PATCH, Block, SwinTransformerV2
 from swinv2_scale.ops.windows import fit_window, padded_grid
 
 
@@ -20,19 +21,27 @@ def forward_flops(model: SwinTransformerV2, rows: int, columns: int) -> dict[str
     in_channels = model.patch_embed.proj.in_channels
     parts["embedding"] = 2.0 * grid[0] * grid[1] * in_channels * PATCH**2 * model.widths[0]
     for stage, blocks, width in zip(model.layers, model.blocks(), model.widths, strict=True):
-        tokens = grid[0] * grid[1]
         for block in blocks:
-            window, _ = fit_window(grid, block.window, block.shift)
-            padded = padded_grid(grid, window)
-            parts["projections"] += 2.0 * tokens * width * 4 * width
-            parts["attention"] += 2.0 * 2 * padded[0] * padded[1] * window[0] * window[1] * width
-            parts["mlp"] += 2.0 * 2 * tokens * width * block.mlp.fc1.out_features
+            for part, flops in block_flops(block, grid).items():
+                parts[part] += flops
         if stage.downsample is not None:
             grid = [-(-side // 2) for side in grid]
             parts["merging"] += 2.0 * grid[0] * grid[1] * 4 * width * 2 * width
     if isinstance(model.head, torch.nn.Linear):
         parts["head"] = 2.0 * model.head.in_features * model.head.out_features
     return parts
+
+
+def block_flops(block: Block, grid: Sequence[int]) -> dict[str, float]:
+    """As forward_flops, of one block on a map of `grid` tokens."""
+    width, tokens = block.attn.qkv.in_features, grid[0] * grid[1]
+    window, _ = fit_window(grid, block.window, block.shift)
+    padded = padded_grid(grid, window)
+    return {
+        "projections": 2.0 * tokens * width * 4 * width,
+        "attention": 2.0 * 2 * padded[0] * padded[1] * window[0] * window[1] * width,
+        "mlp": 2.0 * 2 * tokens * width * block.mlp.fc1.out_features,
+    }
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:

@@ -36,6 +36,7 @@ LAYERS = {
     "swinv2_scale.embed": 3,
     "swinv2_scale.doctor": 3,
     "swinv2_scale.planner": 3,
+    "swinv2_scale.plan_report": 3,
     "swinv2_scale.preflight": 3,
     "swinv2_scale.train": 4,
     "swinv2_scale.tasks": 5,

@@ -1,0 +1,345 @@
+"""What one training pass keeps in memory beside weights and optimiser states, from shapes alone: nothing is run.
+
+A model is a sequence of units (embedding, blocks, patch merging, head), each of chains of operations, and an operation
+keeps for backward what PyTorch's autograd keeps: a linear layer its input, LayerNorm its float32 input, GELU its input,
+the attention operator qkv, its output and one log-sum-exp per row. Backward walks the chains from their end: gradients
+come, kept tensors go, and the largest sum on the way is the peak. It never lies in forward, where a unit holds less
+than when its own backward begins.
+
+tests/unit/test_activations.py compares what is kept, and the peak, with what PyTorch holds.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from swinv2_scale.models.simmim import SimMIM
+from swinv2_scale.models.swin_v2 import PATCH, Block, SwinTransformerV2
+from swinv2_scale.ops import native
+from swinv2_scale.ops.cosine_window_attention import SEQUENTIAL_BYTES
+from swinv2_scale.ops.windows import fit_window, padded_grid
+
+EXACT = 4  # bytes of float32: inside norms, position bias, logits, loss
+BIAS_HIDDEN = 512  # of the network of the position bias
+CPU_CHUNKS = 64  # chunks_of() of kernels/bindings.cpp: partial gradients of the bias table
+
+
+class Op(NamedTuple):
+    """An operation on the result of the one before it in its chain; in bytes, but for `weights`.
+
+    out          its output, and the gradient of that
+    keeps_input, keeps_output   whether backward needs them
+    extra        kept besides
+    weights      elements of its parameters, whose gradients its backward makes
+    scratch      needed while its backward runs
+    """
+
+    out: float
+    keeps_input: bool = False
+    keeps_output: bool = False
+    extra: float = 0.0
+    weights: float = 0.0
+    scratch: float = 0.0
+
+
+class Chain(NamedTuple):
+    """Operations that follow each other; residual: their input is added to their output."""
+
+    ops: list[Op]
+    residual: bool = False
+
+
+@dataclass
+class Unit:
+    """A part of the model. source: bytes of its input; policy: "keep", "recompute" or "offload".
+
+    pinned: bytes that PyTorch holds from the first forward although the unit is run again.
+    """
+
+    name: str
+    source: float
+    chains: list[Chain]
+    policy: str = "keep"
+    pinned: float = 0.0
+
+    def kept(self) -> float:
+        """Bytes that its operations keep for backward, its input among them where they need it."""
+        total, source = 0.0, self.source
+        for ops, _ in self.chains:
+            tensors = [source, *(op.out for op in ops)]
+            total += sum(op.extra for op in ops) + sum(tensors[i] for i in _first_keepers(ops))
+            source = ops[-1].out
+        return total
+
+
+@dataclass
+class Activations:
+    """Bytes of one micro-batch.
+
+    kept        between forward and backward, by unit ("stage 1", …), on the device
+    host        the same in host memory: inputs of offloaded blocks
+    peak        of backward, with the gradients of weights that it has made until then
+    workspace   the most that an operation needs only while it runs
+    """
+
+    kept: dict[str, float] = field(default_factory=dict)
+    host: float = 0.0
+    peak: float = 0.0
+    workspace: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """Kept on the device."""
+        return sum(self.kept.values())
+
+
+def activations(
+    model: nn.Module,
+    *,
+    images: int,
+    rows: int,
+    columns: int,
+    precision: str,
+    device: str,
+    memory: dict[str, Any],
+    lasting_gradient: float,
+) -> Activations:
+    """What a micro-batch of `images` of rows × columns pixels takes under a policy, the arguments of memory.apply.
+
+    model             a SwinTransformerV2 or a SimMIM, also on the meta device
+    device            "cpu" or "cuda", whose kernel's workspace is counted. On a CPU what is offloaded stays where it is
+    lasting_gradient  bytes of each weight's gradient that its own backward adds to what lasts until the step
+    """
+    low = 4 if precision == "fp32" else 2
+    found = Activations()
+    parts = units(model, images=images, rows=rows, columns=columns, low=low, device=device, memory=memory)
+    for unit in parts:
+        size = unit.kept() if unit.policy == "keep" else unit.source + unit.pinned
+        on_host = unit.policy == "offload" and device != "cpu"
+        found.host += size if on_host else 0.0
+        found.kept[unit.name] = found.kept.get(unit.name, 0.0) + (0.0 if on_host else size)
+    walk = _Walk(found.total, gradient=low, lasting=lasting_gradient)
+    for unit in reversed(parts):
+        until_done = 0.0
+        if unit.policy == "recompute":
+            until_done = unit.pinned
+            walk.live += unit.kept() - unit.source
+            walk.run_again(unit)
+        elif unit.policy == "offload":  # fairscale holds its output, and that output's gradient
+            until_done = 2 * unit.chains[-1].ops[-1].out
+            walk.live += unit.kept() - (unit.source if device == "cpu" else 0.0) + until_done
+        walk.backward(unit)
+        walk.live -= until_done
+    found.peak, found.workspace = walk.peak, walk.workspace
+    return found
+
+
+class _Walk:
+    """Backward, in thought. gradient, lasting: bytes of each element of a weight's gradient, while and after."""
+
+    def __init__(self, live: float, *, gradient: float, lasting: float) -> None:
+        self.live, self.peak, self.workspace = live, live, 0.0
+        self._gradient, self._lasting = gradient, lasting
+
+    def run_again(self, unit: Unit) -> None:
+        """The end of a unit's second forward, its last norm: with its input and output, and the gradient that waits."""
+        ops = unit.chains[-1].ops
+        norm = max(i for i, op in enumerate(ops) if op.keeps_input)
+        self._need(2 * ops[norm].out + (ops[norm - 2].out if norm >= 2 else 0.0))
+
+    def backward(self, unit: Unit) -> None:
+        """From the gradient of the unit's output to that of its input; all that it kept is live at the beginning."""
+        sources = [unit.source, *(chain.ops[-1].out for chain in unit.chains)]
+        for (ops, residual), source in zip(reversed(unit.chains), reversed(sources[:-1]), strict=True):
+            tensors = [source, *(op.out for op in ops)]
+            first = _first_keepers(ops)
+            for i in reversed(range(len(ops))):
+                op = ops[i]
+                self._need(tensors[i] + op.weights * self._gradient + op.scratch)
+                self.workspace = max(self.workspace, op.scratch)
+                # Gone: the gradient of the output, and what nothing before this operation needs.
+                self.live += tensors[i] - op.out - op.extra
+                self.live -= sum(tensors[t] for t, keeper in first.items() if keeper == i)
+                self.live += op.weights * self._lasting
+                self._need(op.weights * self._gradient)
+                if residual and i == len(ops) - 1:
+                    self.live += op.out  # which the connection still holds
+            if residual:
+                self._need(source)  # the sum of both gradients
+                self.live -= source
+
+    def _need(self, bytes: float) -> None:
+        self.peak = max(self.peak, self.live + bytes)
+
+
+def _first_keepers(ops: Sequence[Op]) -> dict[int, int]:
+    """Of the chain's tensors (0: its input) that are kept, the first operation that keeps it: backward's last."""
+    first: dict[int, int] = {}
+    for i, op in enumerate(ops):
+        if op.keeps_input:
+            first.setdefault(i, i)
+        if op.keeps_output:
+            first.setdefault(i + 1, i)
+    return first
+
+
+def units(
+    model: nn.Module, *, images: int, rows: int, columns: int, low: int, device: str, memory: dict[str, Any]
+) -> list[Unit]:
+    """The units of a model in the order of forward; low: bytes of an activation. Their names are parts of the table."""
+    simmim = model if isinstance(model, SimMIM) else None
+    backbone = simmim.encoder if simmim else model
+    assert isinstance(backbone, SwinTransformerV2)
+    grid = [math.ceil(rows / PATCH), math.ceil(columns / PATCH)]
+    pixels = images * rows * columns * backbone.patch_embed.proj.in_channels
+    tokens = images * math.prod(grid)
+    # 1  embedding: images need no gradient, so its source is none
+    size = tokens * backbone.widths[0] * low
+    weights = backbone.patch_embed.proj.weight.numel()
+    embed = [Op(size, extra=pixels * low * (low != EXACT), weights=weights, scratch=size)]
+    embed += _norm(tokens, backbone.widths[0], low)
+    if simmim:
+        embed.append(Op(size, extra=2 * tokens * low, scratch=size))
+    found = [Unit("embedding", 0.0, [Chain(embed)])]
+    # 2  stages
+    recomputed = memory["stages"] if memory["stages"] is not None else range(len(backbone.layers))
+    sequential = memory["attention_stages"] if memory["attention_stages"] is not None else range(len(backbone.layers))
+    policies = {"recompute": "recompute", "offload": "offload"}
+    for stage, (layer, blocks, width) in enumerate(
+        zip(backbone.layers, backbone.blocks(), backbone.widths, strict=True)
+    ):
+        for number, block in enumerate(blocks):
+            chosen = stage in recomputed and number % memory["every"] == 0
+            parts = math.prod(grid) * images if chosen and memory["activations"] == "recompute_mlp" else 0
+            attention = memory["attention"] if stage in sequential else "auto"
+            shape: dict[str, Any] = {"images": images, "grid": grid, "low": low, "device": device}
+            chains = _block(block, attention=attention, mlp_tokens=memory["mlp_tokens"] or parts, **shape)
+            policy = policies.get(memory["activations"], "keep") if chosen else "keep"
+            unit = Unit(f"stage {stage + 1}", images * math.prod(grid) * width * low, chains, policy)
+            if policy == "recompute" and attention == "sequential":  # each chunk's checkpoint refers to these
+                window, _ = fit_window(grid, block.window, block.shift)
+                offsets = math.prod(2 * w - 1 for w in window)
+                unit.pinned = 8 * math.prod(window) ** 2 + EXACT * block.attn.num_heads * offsets
+            found.append(unit)
+        if layer.downsample is not None:
+            source = images * math.prod(grid) * width * low
+            padded = [side + side % 2 for side in grid]
+            grid = [side // 2 for side in padded]
+            whole, tokens = images * math.prod(padded) * width * low, images * math.prod(grid)
+            ops = [Op(whole, scratch=2 * whole), Op(whole / 2, True, weights=8 * width**2)]
+            ops += _norm(tokens, 2 * width, low)
+            found.append(Unit(f"stage {stage + 1}", source, [Chain(ops)]))
+    # 3  head and loss
+    size = images * math.prod(grid) * backbone.widths[-1] * low
+    found.append(
+        Unit("head and loss", size, [Chain(_head(backbone, simmim, images, images * math.prod(grid), pixels, low))])
+    )
+    return found
+
+
+def _head(
+    backbone: SwinTransformerV2, simmim: SimMIM | None, images: int, tokens: int, pixels: int, low: int
+) -> list[Op]:
+    """The last norm, the classifier or the decoder, and the loss in float32."""
+    ops = _norm(tokens, backbone.widths[-1], low)
+    if simmim:
+        out, decoder = pixels * EXACT, math.prod(simmim.decoder.get_parameter("0.weight").shape)
+        ops += [Op(pixels * low, True, weights=decoder), Op(pixels * low)] + [Op(out)] * (low != EXACT)
+        return [*ops, Op(out), Op(out, True), Op(out, extra=out / simmim.channels), Op(EXACT)]
+    ops.append(Op(images * backbone.widths[-1] * low))
+    if isinstance(backbone.head, nn.Linear):
+        classes, weights = images * backbone.head.out_features, backbone.head.weight.numel()
+        ops += [Op(classes * low, True, weights=weights)] + [Op(classes * EXACT)] * (low != EXACT)
+        ops += [Op(classes * EXACT, keeps_output=True), Op(EXACT, scratch=classes * EXACT)]
+    return ops
+
+
+def _norm(tokens: int, channels: int, low: int) -> list[Op]:
+    """models.swin_v2.LayerNorm: in float32, with mean and deviation of each token."""
+    exact, size = tokens * channels * EXACT, tokens * channels * low
+    norm = Op(exact, True, extra=2 * tokens * EXACT)
+    return [norm] if low == EXACT else [Op(exact), norm, Op(size)]
+
+
+def _block(
+    block: Block, *, images: int, grid: Sequence[int], low: int, device: str, attention: str, mlp_tokens: int
+) -> list[Chain]:
+    """A block; mlp_tokens: its MLP is run over so many tokens at a time, each part again in backward; 0: at once."""
+    window, shift = fit_window(grid, block.window, block.shift)
+    tokens, channels, heads = images * math.prod(grid), block.attn.qkv.in_features, block.attn.num_heads
+    size, hidden = tokens * channels * low, block.mlp.fc1.out_features
+    norm = _norm(tokens, channels, low) + [Op(size)] * (2 * (block.drop_path.rate > 0.0))
+    # Position bias: coordinates, hidden layer and sigmoid are kept; backward needs the hidden layer's gradient twice.
+    offsets = math.prod(2 * w - 1 for w in window)
+    bias_kept = offsets * EXACT * (len(window) + BIAS_HIDDEN + heads)
+    bias_scratch = offsets * EXACT * (2 * BIAS_HIDDEN + heads)
+    table = offsets * heads * EXACT
+    if attention in ("cpu", "cuda", "auto") and _has_kernel(device, channels // heads, window):
+        lse = tokens * heads * EXACT
+        scratch = _kernel_scratch(device, images * math.prod(padded_grid(grid, window)), tokens, heads, window)
+        ops = [Op(size, True, True, bias_kept + table + lse, scratch=max(scratch + table, bias_scratch))]
+    else:
+        padded = images * math.prod(padded_grid(grid, window)) * channels * low
+        windows = images * math.prod(padded_grid(grid, window)) // math.prod(window)
+        chunked = attention == "sequential"
+        attend = _attend(padded, window, windows, heads, low, images if chunked else None)
+        attend = attend._replace(extra=attend.extra + bias_kept + table, scratch=max(attend.scratch, bias_scratch))
+        copies = 1 + any(shift)  # cut into windows, and rolled; and back
+        ops = [*[Op(3 * padded)] * copies, attend, *[Op(padded)] * copies]
+        if padded != size:
+            ops = [Op(3 * padded), *ops, Op(size)]
+    ops = [Op(3 * size, True, weights=3 * channels**2), *ops, Op(size, True, weights=channels**2)]
+    if mlp_tokens:
+        part = min(mlp_tokens, tokens) * hidden * low
+        scratch = max(3 * part + channels * hidden * low, size)
+        mlp = [Op(size, True, weights=2 * channels * hidden, scratch=scratch)]
+    else:
+        wide, weights = tokens * hidden * low, channels * hidden
+        mlp = [Op(wide, True, weights=weights), Op(wide, True), Op(size, True, weights=weights)]
+    chains = [Chain(ops + norm, residual=True), Chain(mlp + norm, residual=True)]
+    return chains if isinstance(block.enorm, nn.Identity) else [*chains, Chain(_norm(tokens, channels, low))]
+
+
+def _attend(size: float, window: Sequence[int], windows: int, heads: int, low: int, images: int | None) -> Op:
+    """The reference on 3 · `size` bytes of windows, of all images: at once, or, given `images`, chunks that run again.
+
+    Of every logit 16 bytes are live when the scale's gradient is made, of those 8 or 10 were kept: logits and softmax
+    in float32, and the softmax in the type of v. Of q, k and v: copies in that type, q and k in float32.
+    """
+    square = math.prod(window) ** 2
+    per_logit = 2 * EXACT + (low if low != EXACT else 0)
+    copies = size / low * (2 * EXACT + 3 * low if low != EXACT else 3 * low)
+    copies += 2 * windows * heads * math.prod(window) * (3 * EXACT + 1)  # their lengths
+    table = EXACT * heads * square  # the bias of every pair of tokens, and later its gradient
+    index = 8 * square
+    logits = windows * heads * square
+    if images is None:
+        extra = per_logit * logits + copies + index
+        scratch = (4 * EXACT - per_logit) * logits + table - 2 * size
+        return Op(size, keeps_input=low == EXACT, extra=extra, scratch=scratch)
+    least = images * heads * square  # one window of each image
+    chunk = min(logits, max(1, SEQUENTIAL_BYTES // (EXACT * least)) * least)
+    scratch = 4 * EXACT * chunk + table + (copies - 3 * size) * chunk / logits
+    return Op(size, True, extra=index, scratch=max(scratch, 3 * size))
+
+
+def _has_kernel(device: str, width: int, window: Sequence[int]) -> bool:
+    """Whether a device's kernel takes such windows and heads, where it is built."""
+    fits = device == "cpu" or math.prod(window) <= native.MAX_CUDA_TOKENS
+    return width in native.WIDTHS and max(window) <= native.MAX_WINDOW and fits
+
+
+def _kernel_scratch(device: str, padded: int, tokens: int, heads: int, window: Sequence[int]) -> float:
+    """Bytes that the kernel's backward works in: gradients of the bias table, one per task, and on CUDA a row sum.
+
+    As in kernels/bindings.cpp and kernels/cosine_window_attention_cuda.h.
+    """
+    offsets, windows = math.prod(2 * w - 1 for w in window), padded // math.prod(window)
+    if device == "cpu":
+        return EXACT * min(windows, CPU_CHUNKS) * heads * offsets
+    room = max(2**22, 2 * tokens * heads)
+    slots = max(1, min(room // (heads * (offsets + 1)), (2048 + heads - 1) // heads, padded))
+    return EXACT * (tokens * heads + slots * heads * (offsets + 1))

@@ -1,0 +1,125 @@
+"""What is planned of a training pass against what PyTorch holds: kept tensors, and the peak of backward."""
+
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import swinv2_scale
+from swinv2_scale import config
+from swinv2_scale.engine import cast
+from swinv2_scale.models import memory
+from swinv2_scale.models.activations import activations
+from swinv2_scale.models.simmim import SimMIM
+from swinv2_scale.ops import native
+
+pytestmark = pytest.mark.skipif("cpu" in native.missing, reason="plans are of the kernel")
+KEEP: dict[str, Any] = config.memory_policies()["none"]
+
+
+class Live(TorchDispatchMode):
+    """Bytes of the storages that operations have made and that are still there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._sizes: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self._sizes:
+                    self._sizes[storage._cdata] = storage.nbytes()
+                    self.live += storage.nbytes()
+                    weakref.finalize(storage, self._gone, storage._cdata)
+                    self.peak = max(self.peak, self.live)
+        return out
+
+    def _gone(self, key: int) -> None:
+        self.live -= self._sizes.pop(key)
+
+
+def compare(
+    policy: dict[str, Any],
+    *,
+    precision: str = "bf16",
+    simmim: bool = False,
+    drop_path: float = 0.0,
+    size: int = 128,
+    window: int = 8,
+    extra_norm: int = 0,
+) -> tuple[float, float]:
+    """Planned over found, of what is kept and of the peak."""
+    torch.manual_seed(0)
+    changes = {"drop_path_rate": drop_path, "image_size": size, "window_size": window, "extra_norm_period": extra_norm}
+    model: torch.nn.Module = swinv2_scale.create_model(
+        "debug", num_heads=[2, 4, 8, 16], num_classes=0 if simmim else 10, **changes
+    )
+    model = SimMIM(model, norm_target_window=0) if simmim else model  # type: ignore[arg-type]
+    cast(model.train(), precision)
+    memory.apply(model, **policy)
+    images, mask = torch.randn(4, 3, size, size), (torch.rand(4, size // 4, size // 4) > 0.5).float()
+    target = torch.randn(4, 10).softmax(dim=1)
+    with Live() as live:
+        for tensor in (images, mask, target, *model.parameters()):
+            tensor.detach()  # so that they count as there before
+        before = live.live
+        loss = model(images, mask) if simmim else torch.nn.functional.cross_entropy(model(images).float(), target)
+        kept = live.live - before
+        live.peak = live.live
+        loss.backward()
+    found = activations(
+        model,
+        images=4,
+        rows=size,
+        columns=size,
+        precision=precision,
+        device="cpu",
+        memory=policy,
+        lasting_gradient=4.0 if precision == "fp32" else 2.0,
+    )
+    return found.total / kept, found.peak / (live.peak - before)
+
+
+@pytest.mark.parametrize("name", sorted(config.memory_policies()))
+def test_every_policy_of_conf(name: str) -> None:
+    kept, peak = compare(config.memory_policies()[name])
+    assert kept == pytest.approx(1.0, abs=2e-3)
+    assert peak == pytest.approx(1.0, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("policy", "changes"),
+    [
+        ({}, {"precision": "fp32"}),
+        ({}, {"drop_path": 0.2}),
+        ({}, {"extra_norm": 2}),
+        ({}, {"simmim": True}),
+        ({"activations": "recompute"}, {"simmim": True, "drop_path": 0.2}),
+        ({"activations": "recompute", "stages": [1, 2]}, {}),
+        ({"activations": "recompute_mlp", "every": 2}, {}),
+        ({"activations": "offload", "stages": [0], "mlp_tokens": 512}, {}),
+        ({"mlp_tokens": 512}, {}),
+        ({"attention": "sequential", "attention_stages": [0, 1]}, {"size": 192, "window": 12}),
+        ({"attention": "reference"}, {}),
+        ({"attention": "reference", "activations": "recompute"}, {"size": 192, "window": 12}),
+    ],
+    ids=str,
+)
+def test_combinations(policy: dict[str, Any], changes: dict[str, Any]) -> None:
+    kept, peak = compare({**KEEP, **policy}, **changes)
+    assert kept == pytest.approx(1.0, abs=5e-3)
+    assert peak == pytest.approx(1.0, abs=0.06)
+
+
+def test_offloaded_inputs_lie_on_the_host_of_an_accelerator() -> None:
+    model, policy = swinv2_scale.create_model("debug"), config.memory_policies()["offload"]
+    shape = {"images": 4, "rows": 128, "columns": 128, "precision": "bf16", "memory": policy, "lasting_gradient": 4.0}
+    cpu, cuda = (activations(model, device=device, **shape) for device in ("cpu", "cuda"))  # type: ignore[arg-type]
+    assert cpu.host == 0.0
+    assert cuda.host > 0.0
+    assert cuda.host + cuda.total == cpu.total

@@ -1,0 +1,101 @@
+"""Plans: what adds up, what fits, what is refused; and that every experiment can be planned for its hardware."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from swinv2_scale import config, plan_report, planner
+from swinv2_scale.cli import main
+
+EXPERIMENTS = sorted(path.stem for path in (config.CONF / "experiment").glob("*.yaml"))
+SMALL = ["model=debug", "nodes=1", "gpus=2", "micro_batch=4", "global_batch=64"]
+
+
+def planned(*settings: str) -> plan_report.Planned:
+    return plan_report.planned([*SMALL, *settings])
+
+
+@pytest.mark.parametrize(
+    ("zero_stage", "precision", "total"),
+    [(0, "fp32", 16), (1, "bf16", 2 + 4 + 4), (2, "bf16", 2 + 1 + 4), (3, "bf16", 5.5)],
+)
+def test_bytes_per_parameter(zero_stage: int, precision: str, total: float) -> None:
+    """Of four ranks; without sharding 4 weights + 4 gradients + 8 moments."""
+    states = planner.state_bytes(10, zero_stage=zero_stage, precision=precision, ranks=4, ema=False)
+    assert sum(states.values()) == 10 * total
+
+
+def test_json_has_what_a_script_needs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *SMALL, "--json", "--search"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    states = ("weights_bytes", "gradients_bytes", "optimizer_bytes", "activations_bytes", "workspace_bytes")
+    assert all(facts[key] > 0 for key in (*states, "parameters", "peak_bytes", "flops_per_step"))
+    assert facts["peak_bytes"] == max(facts["backward_bytes"], facts["step_bytes"])
+    assert facts["accumulation"] * facts["micro_batch"] * facts["ranks"] == facts["global_batch"]
+    assert facts["search"][0]["memory"] == "none"  # all fits: nothing need be run again
+
+
+def test_bars_add_up_to_the_peak() -> None:
+    for settings in ([], ["micro_batch=32"], ["parallel=zero3"], ["parallel=zero0", "precision=fp32"]):
+        plan = planned(*settings).plan
+        assert sum(size for _, size in plan_report.rows(plan)) == pytest.approx(plan.peak_bytes)
+
+
+def test_page_is_self_contained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "plan.html"
+    assert main(["plan", *SMALL, "--search", "--html", str(page)]) == 0
+    text = page.read_text()
+    assert "stage 3" in text
+    assert not re.search(r"(src|href)=\"?http", text)
+    assert "fits" in capsys.readouterr().out
+
+
+def test_the_largest_micro_batch_fits_and_the_next_does_not() -> None:
+    one = planned()
+    room = planned("micro_batch=8").plan.peak_bytes + 1
+    arguments: dict[str, Any] = {"ranks": one.ranks, "bytes": room}
+    assert planner.largest_micro_batch(one.cfg, **arguments) == 8
+    assert planned("micro_batch=16").plan.peak_bytes > room
+    assert planner.largest_micro_batch(one.cfg, ranks=2, bytes=1e6) == 0
+
+
+def test_a_search_trades_operations_for_room() -> None:
+    one = planned("model.image_size=256", "micro_batch=32", "gpu=0.35GB", "reserved=0GB")
+    found = planner.search(one.cfg, one.cluster, ranks=one.ranks)
+    assert all(plan.peak_bytes <= planner.capacity(one.cluster) for _, plan, _ in found)
+    assert [seconds for *_, seconds in found] == sorted(seconds for *_, seconds in found)
+    one.cluster.gpu = "10MB"
+    with pytest.raises(ValueError, match=r"no policy fits .* the least takes .* Add nodes"):
+        planner.search(one.cfg, one.cluster, ranks=one.ranks)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["noeds=2"], r"'noeds' in 'noeds=2' is not a setting. Did you mean 'nodes'\?"),
+        (["gpuss=2"], r"Did you mean 'gpus'\?"),
+        (["modle=g"], r"'modle' .* Did you mean 'model'\?"),
+        (["gpu=A100"], r"gpu=A100 is not known: give one of A100-40, .* or a size such as 24GB"),
+        (["nodes=0"], r"nodes=0: give a number from 1"),
+        (["pretrian"], r"'pretrian' is no stage: give one of pretrain, finetune"),
+        (["micro_batch=7"], r"global_batch=64 is not micro_batch=7 x world size 2"),
+    ],
+)
+def test_mistakes_are_named(argv: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        one = planned(*argv)
+        planner.capacity(one.cluster)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_plans(name: str) -> None:
+    """For the hardware that its header names, as far as it says how to plan it; there it must fit."""
+    text = (config.CONF / f"experiment/{name}.yaml").read_text()
+    commands = re.findall(r"swinv2-scale plan (.*)", text) or [f"experiment={name} gpus=1"]
+    for command in commands:
+        one = plan_report.planned(command.split())
+        assert one.plan.accumulation >= 1
+        assert one.plan.peak_bytes <= planner.capacity(one.cluster), command
