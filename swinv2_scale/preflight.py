@@ -8,7 +8,6 @@ or much slower than on most ranks, makes its host suspect.
 import hashlib
 import json
 import os
-import socket
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -66,7 +65,7 @@ def preflight(directory: Path | None, data: str | None, *, factor: float, suspec
 
 def examine(directory: Path | None, data: str | None) -> Health:
     """This rank's report. Collective: a check that fails is told in it, and raises nothing."""
-    health = Health(distributed.rank(), host_name(), str(distributed.device()))
+    health = Health(distributed.rank(), distributed.host(), str(distributed.device()))
     health.multiply_seconds = _tried(health, "multiplying matrices", _multiply)
     health.reduce_seconds = _reduce(health)
     if directory is not None:
@@ -74,11 +73,6 @@ def examine(directory: Path | None, data: str | None) -> Health:
     if data is not None:
         health.data_seconds = _tried(health, f"reading {data}", lambda: _read(data))
     return health
-
-
-def host_name() -> str:
-    """This host as Slurm calls it, since that is the name to exclude; elsewhere its own."""
-    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def judge(reports: Sequence[Health], factor: float) -> None:
