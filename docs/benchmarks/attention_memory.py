@@ -1,7 +1,7 @@
 """Peak memory of one block of Swin V2 T at 1536 pixels and window 48, by form of attention and memory policy.
 
     python docs/benchmarks/attention_memory.py                     # bfloat16 and float32
-    python docs/benchmarks/attention_memory.py --types bfloat16    # one of them
+    python docs/benchmarks/attention_memory.py --types bf16        # one of them
 
 The second block of stage 1 (shifted windows): 384 x 384 tokens, 96 channels, 3 heads, 64 windows of 2,304 tokens, one
 image. A row is forward and backward in a process of its own; memory is its peak above the block's weights and input, so
