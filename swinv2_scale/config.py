@@ -5,6 +5,7 @@ instantiate(node)           `_target_` and its arguments -> the object
 """
 
 import difflib
+import functools
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -100,6 +101,7 @@ def compose_model(size: str, **arguments: Any) -> DictConfig:
     return cfg
 
 
+@functools.cache
 def memory_policies() -> dict[str, dict[str, Any]]:
     """The policies of conf/memory by name, as arguments of memory.apply."""
     names = sorted(path.stem for path in (CONF / "memory").glob("[!_]*.yaml"))

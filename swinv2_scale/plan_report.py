@@ -70,19 +70,15 @@ def run(argv: Sequence[str], *, html: Path | None, as_json: bool, search: bool) 
 
 
 def rows(plan: planner.Plan) -> list[tuple[str, float]]:
-    """What the peak is made of, largest things first in their order of life; they add up to it."""
+    """What the peak is made of; the last row is what the moment itself needs, so that all add up to it."""
     named = [("weights", plan.weights_bytes), ("optimiser", plan.optimizer_bytes), ("batch", plan.batch_bytes)]
-    if plan.step_bytes >= plan.backward_bytes:
-        rest = [("gradients", plan.gradients_bytes)]
-    else:
-        rest = [("activations", plan.activations_bytes)]
-    known = sum(size for _, size in [*named, *rest])
-    label = (
-        "in backward: gradients, buckets, what runs again"
-        if rest[0][0] == "activations"
-        else "in the step: gradients once more, buckets"
-    )
-    return [*named, *rest, (label, plan.peak_bytes - known)]
+    in_step = plan.step_bytes >= plan.backward_bytes
+    if in_step or plan.accumulation > 1 or plan.zero_stage > 1:  # else backward makes them while activations go
+        named.append(("gradients", plan.gradients_bytes))
+    if not in_step:
+        named.append(("activations", plan.activations_bytes))
+    rest = plan.peak_bytes - sum(size for _, size in named)
+    return [*named, ("of the step itself" if in_step else "of backward itself", rest)]
 
 
 def _outcome(one: Planned) -> dict[str, Any]:
@@ -169,13 +165,13 @@ def _print(one: Planned, found: Sequence[tuple[str, planner.Plan, float]]) -> No
     memory = Table("a rank's memory", "GiB", "", box=None, padding=(0, 2, 0, 0))
     widest = max(size for _, size in rows(one.plan))
     for name, size in rows(one.plan):
-        memory.add_row(name, f"{size / GIB:.2f}", "█" * max(1, round(40 * size / widest)) if size > 0 else "")
+        memory.add_row(name, f"{size / GIB:.2f}", "█" * round(36 * size / widest))
     console.print(memory)
     console.print(_verdict(one), markup=False)
     kept = Table("kept for backward", "GiB", "", box=None, padding=(0, 2, 0, 0))
     most = max(one.plan.activations_by_part.values()) or 1.0
     for name, size in one.plan.activations_by_part.items():
-        kept.add_row(name, f"{size / GIB:.2f}", "█" * round(40 * size / most))
+        kept.add_row(name, f"{size / GIB:.2f}", "█" * round(36 * size / most))
     console.print(kept)
     facts = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, text in _facts(one):

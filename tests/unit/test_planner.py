@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from swinv2_scale import config, plan_report, planner
+from swinv2_scale import config, plan_report, planner, telemetry
 from swinv2_scale.cli import main
 
 EXPERIMENTS = sorted(path.stem for path in (config.CONF / "experiment").glob("*.yaml"))
@@ -99,3 +100,21 @@ def test_every_experiment_plans(name: str) -> None:
         one = plan_report.planned(command.split())
         assert one.plan.accumulation >= 1
         assert one.plan.peak_bytes <= planner.capacity(one.cluster), command
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize(("planned_gigabytes", "said"), [(10.0, 0), (8.0, 0), (6.0, 1), (15.0, 1), (None, 0)])
+def test_a_departure_from_the_plan_is_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, planned_gigabytes: float | None, said: int
+) -> None:
+    monkeypatch.setattr(telemetry, "peak_memory", lambda: 10.0)
+    lengths: Any = {"total_steps": 10, "steps_per_epoch": 5, "images_per_step": 8}
+    sinks: Any = {"wandb": "disabled", "project": "p", "tensorboard": False}
+    one = telemetry.Telemetry(tmp_path, name="x", config={}, **lengths, **sinks)
+    one.planned_gigabytes = planned_gigabytes
+    for step in (1, 2, 3):
+        one.step(torch.tensor(1.0), applied=True)
+        one.train(step)
+    lines = [line for line in telemetry.read_record(tmp_path) if line["event"] == "memory"]
+    assert len(lines) == said
+    assert all(line["planned_gigabytes"] == planned_gigabytes for line in lines)
