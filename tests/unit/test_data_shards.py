@@ -213,6 +213,13 @@ def test_unknown_demo_names_the_known_ones():
         demo.samples("digits/test")
 
 
+def test_four_photographs_are_a_batch_of_held_out_ones() -> None:
+    classes, four = demo.samples("photographs/four")
+    everything, held_out = demo.samples("photographs/validation")
+    assert classes == everything and len(four) == 4 and len({item.label for item in four}) == 4
+    assert all(item in held_out for item in four)
+
+
 def test_every_format_becomes_eight_bit_rgb():
     grey = (np.arange(48 * 48) % 256).astype(np.uint8).reshape(48, 48)
     for mode in ("L", "LA", "RGB", "RGBA", "P", "CMYK"):
