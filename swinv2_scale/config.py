@@ -113,10 +113,10 @@ def own_settings(config_name: str, argv: Sequence[str]) -> tuple[list[str], list
 
     Raises ValueError that names the key which was probably meant.
     """
-    known = list(_settings(_compose(config_name, [])))
+    known = _defaults_keys(config_name)
     own = [argument for argument in argv if argument.partition("=")[0] in known]
     others = [argument for argument in argv if argument not in own]
-    elsewhere = {*_groups(), *_settings(_compose("pretrain", []))}
+    elsewhere = {*_groups(), *_defaults_keys("pretrain")}
     for argument in others:
         key = argument.partition("=")[0]
         close = [] if key in elsewhere else difflib.get_close_matches(key, [*known, *elsewhere], n=1, cutoff=0.6)
@@ -233,6 +233,12 @@ def _known_keys(config_name: str, overrides: list[str]) -> list[str]:
         choices = hydra.compose(config_name, overrides, return_hydra_config=True).hydra.runtime.choices
         chosen = [f"{group}={choices[group]}" for group in _groups() if group in choices and group != "experiment"]
         return list(_settings(hydra.compose(config_name, chosen)))
+
+
+@functools.cache
+def _defaults_keys(config_name: str) -> list[str]:
+    """Every key of conf/{config_name}.yaml with the groups that it chooses by itself."""
+    return list(_settings(_compose(config_name, [])))
 
 
 def _groups() -> list[str]:

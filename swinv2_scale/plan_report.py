@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 from swinv2_scale import config, planner
 from swinv2_scale.data.manifest import open_manifest
@@ -22,6 +23,7 @@ class Planned(NamedTuple):
 
     cfg: Any
     cluster: Any
+    model: nn.Module
     plan: planner.Plan
     settings: list[str]
 
@@ -48,13 +50,14 @@ def planned(argv: Sequence[str]) -> Planned:
     cfg = config.compose(stage, others, fill={"name": "plan", "data.train": None, "global_batch": 0})
     ranks = cluster.nodes * cluster.gpus
     cfg.global_batch = cfg.global_batch or ranks * cfg.micro_batch
-    return Planned(cfg, cluster, planner.plan(cfg, ranks=ranks), [stage, *settings])
+    model = planner.build(cfg)
+    return Planned(cfg, cluster, model, planner.plan(cfg, ranks=ranks, model=model), [stage, *settings])
 
 
 def run(argv: Sequence[str], *, html: Path | None, as_json: bool, search: bool) -> int:
     """Print what `argv` plans, or what a search finds; 1 if it does not fit, 0 if it does."""
     one = planned(argv)
-    found = planner.search(one.cfg, one.cluster, ranks=one.ranks) if search else []
+    found = planner.search(one.cfg, one.cluster, ranks=one.ranks, model=one.model) if search else []
     if as_json:
         facts = {**one.plan.as_dict(), **_outcome(one)}
         if search:
@@ -90,7 +93,9 @@ def _outcome(one: Planned) -> dict[str, Any]:
     return {
         "capacity_bytes": planner.capacity(one.cluster),
         "fits": one.plan.peak_bytes <= planner.capacity(one.cluster),
-        "largest_micro_batch": planner.largest_micro_batch(cfg, ranks=one.ranks, bytes=planner.capacity(one.cluster)),
+        "largest_micro_batch": planner.largest_micro_batch(
+            cfg, ranks=one.ranks, bytes=planner.capacity(one.cluster), model=one.model
+        ),
         "step_seconds": seconds,
         "images_per_second": cfg.global_batch / total,
         "samples": samples,

@@ -314,13 +314,14 @@ def _micro_batches(global_batch: int, ranks: int) -> Iterator[int]:
     return (size for size in range(1, per_rank + 1) if per_rank % size == 0 and global_batch % ranks == 0)
 
 
-def search(cfg: Any, cluster: Any, *, ranks: int) -> list[tuple[str, Plan, float]]:
+def search(cfg: Any, cluster: Any, *, ranks: int, model: nn.Module | None = None) -> list[tuple[str, Plan, float]]:
     """Of each policy of conf/memory that fits, its name, plan and seconds of a step, the fastest first.
 
     A policy comes with the largest micro-batch that fits; of equally fast ones the larger micro-batch is better. Raises
     ValueError if none fits.
     """
-    model, found = build(cfg), []
+    model = build(cfg) if model is None else model
+    found = []
     for name, policy in config.memory_policies().items():
         size = largest_micro_batch(cfg, ranks=ranks, bytes=capacity(cluster), memory=policy, model=model)
         if size:

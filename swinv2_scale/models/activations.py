@@ -277,7 +277,7 @@ def _block(
     bias_kept = offsets * EXACT * (len(window) + BIAS_HIDDEN + heads)
     bias_scratch = offsets * EXACT * (2 * BIAS_HIDDEN + heads)
     table = offsets * heads * EXACT
-    if attention in ("cpu", "cuda", "auto") and _has_kernel(device, channels // heads, window):
+    if attention not in ("reference", "sequential") and _has_kernel(device, channels // heads, window):
         lse = tokens * heads * EXACT
         scratch = _kernel_scratch(device, images * math.prod(padded_grid(grid, window)), tokens, heads, window)
         ops = [Op(size, True, True, bias_kept + table + lse, scratch=max(scratch + table, bias_scratch))]
@@ -320,10 +320,11 @@ def _attend(size: float, window: Sequence[int], windows: int, heads: int, low: i
         extra = per_logit * logits + copies + index
         scratch = (4 * EXACT - per_logit) * logits + table - 2 * size
         return Op(size, keeps_input=low == EXACT, extra=extra, scratch=scratch)
-    least = images * heads * square  # one window of each image
-    chunk = min(logits, max(1, SEQUENTIAL_BYTES // (EXACT * least)) * least)
-    scratch = 4 * EXACT * chunk + table + (copies - 3 * size) * chunk / logits
-    return Op(size, True, extra=index, scratch=max(scratch, 3 * size))
+    one = images * square  # logits of a head in one window of each image
+    some_heads = min(heads, max(1, SEQUENTIAL_BYTES // (EXACT * one)))
+    chunk = min(logits, some_heads * one * max(1, SEQUENTIAL_BYTES // (EXACT * one * some_heads)))
+    scratch = 4 * EXACT * chunk + EXACT * some_heads * square + (copies - 3 * size) * chunk / logits
+    return Op(size, True, extra=index, scratch=max(scratch, 6 * size if chunk < logits else 0.0))
 
 
 def _has_kernel(device: str, width: int, window: Sequence[int]) -> bool:

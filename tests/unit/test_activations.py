@@ -89,7 +89,7 @@ def compare(
 def test_every_policy_of_conf(name: str) -> None:
     kept, peak = compare(config.memory_policies()[name])
     assert kept == pytest.approx(1.0, abs=2e-3)
-    assert peak == pytest.approx(1.0, abs=0.05)
+    assert peak == pytest.approx(1.0, abs=0.06 if name == "sequential" else 0.02)
 
 
 @pytest.mark.parametrize(
