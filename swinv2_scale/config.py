@@ -103,8 +103,10 @@ def compose_model(size: str, **arguments: Any) -> DictConfig:
 
 @functools.cache
 def memory_policies() -> dict[str, dict[str, Any]]:
-    """The policies of conf/memory by name, as arguments of memory.apply."""
-    names = sorted(path.stem for path in (CONF / "memory").glob("[!_]*.yaml"))
+    """The policies of conf/memory by name, as arguments of memory.apply; first `none`, which changes nothing."""
+    names = sorted(
+        (path.stem for path in (CONF / "memory").glob("[!_]*.yaml")), key=lambda name: (name != "none", name)
+    )
     return {name: plain(_compose(f"memory/{name}", []).memory) for name in names}
 
 
