@@ -153,7 +153,9 @@ def plan(
         offload=cfg.parallel.offload,
         sub_group_size=cfg.parallel.sub_group_size,
     )
-    lasting = 4.0 if stage <= 1 and accumulation == 1 else 0.0  # later micro-batches add to what is there
+    lasting = 0.0  # later micro-batches add to what is there
+    if stage <= 1 and accumulation == 1:
+        lasting = 4.0 if cfg.parallel.accumulate == "fp32" else 2.0
     found = activations(
         model,
         images=images,
