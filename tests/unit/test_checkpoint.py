@@ -9,6 +9,8 @@ from threading import Event
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 
 import swinv2_scale.checkpoint as checkpoint_module
 from swinv2_scale.checkpoint import Saver, _publish, verify, weights_file
@@ -152,3 +154,24 @@ def test_the_command_verifies_one_checkpoint_or_all_of_a_run(checkpoint: Path, t
     assert main(["checkpoint", "verify", str(checkpoint)]) == 1
     assert main(["checkpoint", "verify", str(tmp_path / "nothing")]) == 2
     assert "is no checkpoint, and no run directory that holds one" in capsys.readouterr().err
+
+
+class OnDisk(Trained):
+    """Its states are too large for memory."""
+
+    on_disk = True
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_a_checkpoint_is_written_tensor_by_tensor_where_no_memory_holds_it(tmp_path: Path) -> None:
+    """And with keep=0 in the place of the one before."""
+    (tmp_path / "config.yaml").write_text("name: x\n")
+    saver = Saver(tmp_path, keep=0)
+    for step in (1, 2):
+        saver.save(OnDisk(), step=step, state={}, metadata={"classes": ["a"]})
+        (saved,) = saver.finished()  # at once
+        assert saved.problem is None and verify(saved.path) is None
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000002"]
+    assert torch.equal(load_file(saved.path / "optimizer.safetensors")["exp_avg.w"], torch.ones(3))
+    with safe_open(saved.path / "model.safetensors", "pt") as file:
+        assert torch.equal(file.get_tensor("w"), torch.ones(3)) and json.loads(file.metadata()["classes"]) == ["a"]
