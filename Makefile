@@ -8,6 +8,8 @@ RANKS  ?= 2
 BIN    := $(abspath $(VENV))/bin
 # The demo runs on CPU ranks everywhere, so that it shows the same on every machine.
 DEMO   := PATH="$(BIN):$$PATH" DS_ACCELERATOR=cpu $(BIN)/deepspeed --num_accelerators $(RANKS)
+# Two processes, a file of tests to each at a time: most of a test is one process that computes or waits.
+PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 SHARDS := photographs/train photographs/validation digits/train digits/validation
 
 .PHONY: demo test test-long lint pack clean
@@ -28,10 +30,10 @@ pack: $(VENV)/.demo
 	@for shards in $(SHARDS); do $(BIN)/swinv2-scale data pack $$shards data/$$shards --format demo || exit 1; done
 
 test: lint
-	$(BIN)/python -m pytest -m "not long"
+	$(BIN)/python -m pytest -m "not long" $(PARALLEL)
 
 test-long: $(VENV)/.test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -5,7 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
+
+@pytest.mark.long
 def test_a_round_of_chaos() -> None:
     seed = random.randrange(10**6)
     command = [sys.executable, Path(__file__).with_name("chaos.py"), "--rounds", "1", "--seed", str(seed)]

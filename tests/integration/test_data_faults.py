@@ -467,6 +467,7 @@ def test_s3_objects_that_are_missing_or_of_another_size_are_refused(s3, packed, 
 # Training
 
 
+@pytest.mark.long
 @nginx_only
 def test_a_training_through_a_storm_of_faults_has_the_losses_of_local_files(nginx, packed, tmp_path):
     """Two ranks, each with a loading process, and a cache that they share."""

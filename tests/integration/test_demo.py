@@ -10,6 +10,7 @@ import pytest
 from real_runs import ROOT, Run
 
 
+@pytest.mark.long
 def test_the_demos_pretraining_learns(launch: Callable[..., Run], shards: Path, tmp_path: Path) -> None:
     """A quarter of the demo's steps lowers the loss on held-out photographs by what the whole promises."""
     data = [f"data.train={shards}/photographs/train", f"data.validation={shards}/photographs/validation"]

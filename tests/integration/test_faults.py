@@ -77,7 +77,8 @@ def test_three_in_a_row_abort_or_roll_back(launch: Launch, shards: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("number", "launcher", "ranks"), [(signal.SIGTERM, "python", 1), (signal.SIGUSR2, "deepspeed", 2)]
+    ("number", "launcher", "ranks"),
+    [pytest.param(signal.SIGTERM, "python", 1, marks=pytest.mark.long), (signal.SIGUSR2, "deepspeed", 2)],
 )
 def test_a_signal_to_one_rank_saves_once_and_the_run_goes_on(
     launch: Launch, shards: Path, number: signal.Signals, launcher: str, ranks: int
@@ -90,7 +91,7 @@ def test_a_signal_to_one_rank_saves_once_and_the_run_goes_on(
     cut = launch("run", *settings(shards), ranks=ranks, launcher=launcher, at=(5, strike))
     assert cut.returncode == EXIT_CODE, cut.output
     stopped = max(cut.events("train"))
-    assert 5 <= stopped < STEPS and time.monotonic() - begin < 60
+    assert 5 <= stopped < STEPS and time.monotonic() - begin < 240
     assert sorted(cut.events("checkpoint"))[-1] == stopped and f"signalled at step {stopped}, saved" in cut.output
     assert cut.events("end")[stopped]["reason"].startswith("Stopped: signalled")
     continued = launch("run", *settings(shards), ranks=ranks, launcher=launcher)
@@ -122,6 +123,7 @@ def test_a_signal_while_saving_or_evaluating_waits_for_its_end(
     assert cut.events("end")[stopped]["reason"].startswith(f"Stopped: signalled at step {stopped}, saved")
 
 
+@pytest.mark.long
 def test_moments_pass_from_world_to_world_and_stage_to_stage(launch: Launch, shards: Path) -> None:
     """Two ranks under ZeRO 1, one under ZeRO 3, two under ZeRO 2: to rounding what two under ZeRO 1 do alone."""
     average = "optim.ema_decay=0.9"
@@ -154,7 +156,7 @@ def test_a_killed_process_ends_the_run_soon_and_the_rest_is_kept(launch: Launch,
     more = ["workers=1", "steps=400", "log_every=1"]
     cut = launch("run", *settings(shards), *more, ranks=2, at=(5, strike))
     assert cut.returncode != 0
-    assert time.monotonic() - struck[0] < 60
+    assert time.monotonic() - struck[0] < 120
     if victim == "worker":
         assert "DataLoader worker" in cut.output and "killed by signal" in cut.output
     saved = int(max((cut.directory / "checkpoints").glob("step_*")).name.removeprefix("step_"))

@@ -48,6 +48,7 @@ def test_sound_hosts(tmp_path: Path, shards: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.long
 def test_a_host_that_cannot_write_is_named(tmp_path: Path) -> None:
     """A limit on the size of files, on one rank only."""
     suspects = tmp_path / "suspects"

@@ -45,7 +45,7 @@ MIX = {
 
 def encoded(pixels: torch.Tensor) -> EncodedImage:
     """A PNG of uint8 (3, Y, X)."""
-    return EncodedImage(bytes(encode_png(pixels.contiguous())))
+    return EncodedImage(encode_png(pixels.contiguous()).numpy().tobytes())
 
 
 def sample(number: int = 0) -> dict[str, Any]:
