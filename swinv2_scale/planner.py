@@ -67,7 +67,7 @@ class Plan:
     buffers_bytes       of communication: buckets; under ZeRO 3 also weights that are gathered
     batch_bytes         images and targets of a micro-batch
     backward_bytes, step_bytes   the two moments that can be the peak: within backward, within the optimiser's step
-    host_bytes          offloaded activations and states, in the host's memory
+    host_bytes          offloaded activations and states, in the host's memory, host_states_bytes of them states
     flops_per_step      of all ranks together, with those that the memory policy runs again: recomputed_flops of them
     """
 
@@ -89,6 +89,7 @@ class Plan:
     buffers_bytes: float
     batch_bytes: float
     host_bytes: float
+    host_states_bytes: float
     backward_bytes: float
     step_bytes: float
     flops_per_step: float
@@ -193,6 +194,7 @@ def plan(
         buffers_bytes=2 * buckets + gathered,
         batch_bytes=batch,
         host_bytes=found.host + states["host"],
+        host_states_bytes=states["host"],
         backward_bytes=static + waiting + found.peak + buckets + gathered,
         step_bytes=static + states["gradients"] + states["step"] + 2 * buckets,
         flops_per_step=cfg.global_batch * (3 * flops["all"] + flops["again"]),
@@ -280,7 +282,8 @@ def step_seconds(found: Plan, cluster: Any) -> dict[str, float]:
     """Seconds of a step, by what takes them, from the efficiencies that `cluster` states: an estimate.
 
     Gradients are reduced and weights gathered once a step (ZeRO 3 gathers weights twice a micro-batch), in series with
-    the computation. Offloaded tensors are copied out and back.
+    the computation. Offloaded activations are copied out and back; of offloaded states, which the host's own optimiser
+    uses, float32 gradients are copied out with each micro-batch and weights back once.
     """
     rate = gpu(cluster).flops * found.ranks / (1 if found.precision != "fp32" else 2)  # TF32
     link = cluster.gigabytes_per_second * 1e9
@@ -288,13 +291,15 @@ def step_seconds(found: Plan, cluster: Any) -> dict[str, float]:
     others = (found.ranks - 1) / found.ranks
     exchanged = 4 * others + low * others * (2 * found.accumulation if found.zero_stage == 3 else 1)
     exchanged += 4 * others * (found.zero_stage == 0)
-    seconds = {
+    copied = 2 * (found.host_bytes - found.host_states_bytes) * found.accumulation
+    if found.host_states_bytes:
+        copied += found.parameters / found.ranks * (4 * found.accumulation + low)
+    return {
         "products": (found.flops_per_step - found.attention_flops) / (rate * cluster.efficiency),
         "attention": found.attention_flops / (rate * cluster.attention_efficiency),
         "communication": found.parameters * exchanged / link,
-        "offload": 2 * found.host_bytes * found.accumulation / link,
+        "offload": copied / link,
     }
-    return seconds
 
 
 def largest_micro_batch(cfg: Any, *, ranks: int, bytes: float, device: str = "cuda", **changes: Any) -> int:

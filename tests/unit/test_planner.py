@@ -122,3 +122,12 @@ def test_a_departure_from_the_plan_is_said_once(
     lines = [line for line in telemetry.read_record(tmp_path) if line["event"] == "memory"]
     assert len(lines) == said
     assert all(line["planned_gigabytes"] == planned_gigabytes for line in lines)
+
+
+def test_offloaded_states_cross_once_whatever_is_accumulated() -> None:
+    """Gradients leave with each micro-batch, weights come back once; the states themselves stay with the host."""
+    once, twice = (planned("parallel=zero1_host", f"micro_batch={size}") for size in (32, 16))
+    link, weights = once.cluster.gigabytes_per_second * 1e9, once.plan.parameters / once.plan.ranks
+    seconds = [planner.step_seconds(one.plan, one.cluster)["offload"] for one in (once, twice)]
+    assert seconds == pytest.approx([weights * (4 + 2) / link, weights * (8 + 2) / link])
+    assert once.plan.host_bytes == once.plan.host_states_bytes > 0
