@@ -93,7 +93,7 @@ def kernels() -> list[Extension]:
         print("swinv2-scale: without native kernels, no C++ compiler found (g++ or clang++)", file=sys.stderr)
         return []
     headers = sorted(str(path.relative_to(here)) for path in here.glob("kernels/*.h"))
-    cpu = ["kernels/bindings.cpp", "kernels/cosine_window_attention_cpu.cpp"]
+    cpu = sorted(str(path.relative_to(here)) for path in here.glob("kernels/*.cpp"))
     cuda = sorted(str(path.relative_to(here)) for path in here.glob("kernels/*_cuda.cu"))
     built = [Extension("swinv2_scale.ops._kernels_cpu", cpu, depends=headers)]
     if nvcc() is None or not torch_has_cuda(torch):
@@ -131,7 +131,7 @@ class BuildKernels(build_ext):
             for source in map(Path, extension.sources):
                 command = cuda if source.suffix == ".cu" else cpp
                 variants: dict[str, list[str]] = {"": []}
-                if source.stem.endswith("_attention_cpu"):
+                if source.stem.endswith("_cpu"):
                     variants = {name: [f"-DINSTRUCTION_SET={name}", *own] for name, own in INSTRUCTION_SETS.items()}
                 elif source.stem.endswith("_attention_cuda"):
                     variants = {name: [f"-DELEMENT={name}", *gencode(code, name)] for name in GPU_TYPES}
@@ -203,6 +203,7 @@ setup(
             "wandb-workspaces>=0.4",
             "tensorboard>=2.16",
             "pytest>=8",
+            "pytest-xdist>=3.6",
             "hypothesis>=6.100",
             "moto[server]>=5",
             "setuptools>=77",

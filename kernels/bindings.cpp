@@ -5,19 +5,14 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#if defined(__linux__)
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
-
 #include <cstdlib>
 #include <cstring>
 #include <memory>
-#include <string>
 #include <tuple>
 #include <vector>
 
 #include "cosine_window_attention_cpu.h"
+#include "instruction_sets.h"
 
 namespace cosine_window_attention {
 namespace {
@@ -25,42 +20,13 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// -- instruction sets ----------------------------------------------------------------------------------------------------
-
-// Those that this processor has, the best last.
-const std::vector<const InstructionSet*>& available() {
-  static const std::vector<const InstructionSet*> sets = [] {
-    std::vector<const InstructionSet*> found{&portable};
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-    const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-    if (has_avx2) found.push_back(&avx2);
-    if (has_avx512) found.push_back(&avx512);
-    const bool has_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
-    if (has_bf16) found.push_back(&avx512_bf16);
-#if defined(__linux__)
-    constexpr int REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;  // of arch_prctl: the system gives tiles to those who ask
-    if (has_bf16 && __builtin_cpu_supports("amx-bf16") && syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0)
-      found.push_back(&amx_bf16);
-#endif
-#endif
-    return found;
-  }();
-  return sets;
-}
-
-// For tests: SWINV2_SCALE_INSTRUCTION_SET names the set to use instead of the best.
 const InstructionSet& instruction_set() {
-  const char* name = std::getenv("SWINV2_SCALE_INSTRUCTION_SET");
-  if (!name || !*name) return *available().back();
-  std::string names;
-  for (const InstructionSet* set : available()) {
-    if (std::strcmp(set->name, name) == 0) return *set;
-    names += std::string(" ") + set->name;
-  }
-  STD_TORCH_CHECK(false, "SWINV2_SCALE_INSTRUCTION_SET is ", name, ", but this processor has", names);
+#if defined(__x86_64__)
+  static const InstructionSet* const sets[] = {&portable, &avx2, &avx512, &avx512_bf16, &amx_bf16};
+#else
+  static const InstructionSet* const sets[] = {&portable};
+#endif
+  return *sets[instruction_sets::chosen()];
 }
 
 const Kernel& kernel_for(ScalarType type) {

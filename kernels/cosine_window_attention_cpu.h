@@ -29,7 +29,6 @@ struct Kernel {
 };
 
 struct InstructionSet {
-  const char* name;
   Kernel float32, bfloat16, float16, float64;
 };
 

@@ -1,10 +1,10 @@
 """What one training pass keeps in memory beside weights and optimiser states, from shapes alone: nothing is run.
 
 A model is a sequence of units (embedding, blocks, patch merging, head), each of chains of operations, and an operation
-keeps for backward what PyTorch's autograd keeps: a linear layer its input, LayerNorm its float32 input, GELU its input,
-the attention operator qkv, its output and one log-sum-exp per row. Backward walks the chains from their end: gradients
-come, kept tensors go, and the largest sum on the way is the peak. It never lies in forward, where a unit holds less
-than when its own backward begins.
+keeps for backward what autograd keeps: a linear layer its input, an MLP also its hidden map before GELU, post-norm its
+branch, LayerNorm its float32 input, the attention operator qkv, its output and one log-sum-exp per row. Backward walks
+the chains from their end: gradients come, kept tensors go, and the largest sum on the way is the peak. It never lies in
+forward, where a unit holds less than when its own backward begins.
 
 tests/unit/test_activations.py compares what is kept, and the peak, with what PyTorch holds.
 """
@@ -145,10 +145,9 @@ class _Walk:
         self._gradient, self._lasting = gradient, lasting
 
     def run_again(self, unit: Unit) -> None:
-        """The end of a unit's second forward, its last norm: with its input and output, and the gradient that waits."""
+        """The end of a unit's second forward: its last norm's output, and the gradient that waits."""
         ops = unit.chains[-1].ops
-        norm = max(i for i, op in enumerate(ops) if op.keeps_input)
-        self._need(2 * ops[norm].out + (ops[norm - 2].out if norm >= 2 else 0.0))
+        self._need(2 * max(op.out for op in ops if op.keeps_input))
 
     def backward(self, unit: Unit) -> None:
         """From the gradient of the unit's output to that of its input; all that it kept is live at the beginning."""
@@ -229,7 +228,7 @@ def units(
             padded = [side + side % 2 for side in grid]
             grid = [side // 2 for side in padded]
             whole, tokens = images * math.prod(padded) * width * low, images * math.prod(grid)
-            ops = [Op(whole, scratch=2 * whole), Op(whole / 2, True, weights=8 * width**2)]
+            ops = [Op(whole), Op(whole / 2, True, weights=8 * width**2)]
             ops += _norm(tokens, 2 * width, low)
             found.append(Unit(f"stage {stage + 1}", source, [Chain(ops)]))
     # 3  head and loss
@@ -271,7 +270,8 @@ def _block(
     window, shift = fit_window(grid, block.window, block.shift)
     tokens, channels, heads = images * math.prod(grid), block.attn.qkv.in_features, block.attn.num_heads
     size, hidden = tokens * channels * low, block.mlp.fc1.out_features
-    norm = _norm(tokens, channels, low) + [Op(size)] * (2 * (block.drop_path.rate > 0.0))
+    copies = 0 if device == "cpu" else 3 * tokens * channels * EXACT  # of the branch and two gradients
+    post_norm = Op(size, True, extra=2 * tokens * EXACT, scratch=copies)
     # Position bias: coordinates, hidden layer and sigmoid are kept; backward needs the hidden layer's gradient twice.
     offsets = math.prod(2 * w - 1 for w in window)
     bias_kept = offsets * EXACT * (len(window) + BIAS_HIDDEN + heads)
@@ -294,12 +294,12 @@ def _block(
     ops = [Op(3 * size, True, weights=3 * channels**2), *ops, Op(size, True, weights=channels**2)]
     if mlp_tokens:
         part = min(mlp_tokens, tokens) * hidden * low
-        scratch = max(3 * part + channels * hidden * low, size)
+        scratch = max(3 * part + 2 * channels * hidden * low, size)
         mlp = [Op(size, True, weights=2 * channels * hidden, scratch=scratch)]
     else:
-        wide, weights = tokens * hidden * low, channels * hidden
-        mlp = [Op(wide, True, weights=weights), Op(wide, True), Op(size, True, weights=weights)]
-    chains = [Chain(ops + norm, residual=True), Chain(mlp + norm, residual=True)]
+        wide = tokens * hidden * low  # backward needs GELU's output and the gradient of its input too
+        mlp = [Op(size, True, extra=wide, weights=2 * channels * hidden, scratch=2 * wide)]
+    chains = [Chain([*ops, post_norm], residual=True), Chain([*mlp, post_norm], residual=True)]
     return chains if isinstance(block.enorm, nn.Identity) else [*chains, Chain(_norm(tokens, channels, low))]
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from swinv2_scale.models.initial import init_weights
 from swinv2_scale.models.position_bias import PositionBias
 from swinv2_scale.ops import cosine_window_attention
+from swinv2_scale.ops.block import linear, mlp, residual_post_norm
 from swinv2_scale.ops.windows import fit_window
 
 PATCH = 4  # pixels per axis; every released model has it
@@ -31,6 +32,20 @@ class LayerNorm(nn.LayerNorm):
         return super().forward(x.to(self.weight.dtype)).to(x.dtype)
 
 
+class PostNorm(nn.LayerNorm):
+    """Residual post-norm: x + keep · LayerNorm(branch), the norm in the type of its weights, the sum in x's."""
+
+    def forward(self, x: Tensor, branch: Tensor, keep: Tensor | None) -> Tensor:  # type: ignore[override]
+        return residual_post_norm(x, branch, self.weight, self.bias, keep)
+
+
+class Linear(nn.Linear):
+    """A linear layer whose backward is ours (ops/block.py)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
 class DropPath(nn.Module):
     """Drops the whole branch for a random share of the images, and scales the rest to keep the mean."""
 
@@ -38,11 +53,11 @@ class DropPath(nn.Module):
         super().__init__()
         self.rate = rate
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor | None:
+        """(B, …) -> the factor (B,) of each image's branch, or None where all are 1."""
         if not self.training or self.rate == 0.0:
-            return x
-        keep = torch.rand(len(x), *[1] * (x.dim() - 1), device=x.device) >= self.rate
-        return x * keep.to(x.dtype) / (1.0 - self.rate)
+            return None
+        return (torch.rand(len(x), device=x.device) >= self.rate) / (1.0 - self.rate)
 
 
 class WindowAttention(nn.Module):
@@ -57,12 +72,12 @@ class WindowAttention(nn.Module):
         self.qkv = nn.Linear(channels, 3 * channels, bias=False)
         self.q_bias = nn.Parameter(torch.empty(channels))
         self.v_bias = nn.Parameter(torch.empty(channels))
-        self.proj = nn.Linear(channels, channels)
+        self.proj = Linear(channels, channels)
 
     def forward(self, x: Tensor, window: Sequence[int], shift: Sequence[int], reference: Sequence[int]) -> Tensor:
         """(B, Y, X, C) -> (B, Y, X, C). `reference` is the window in whose units the bias measures distance."""
         bias = torch.cat((self.q_bias, torch.zeros_like(self.v_bias), self.v_bias))
-        qkv = F.linear(x, self.qkv.weight, bias).unflatten(-1, (3, self.num_heads, -1))
+        qkv = linear(x, self.qkv.weight, bias).unflatten(-1, (3, self.num_heads, -1))
         bias_table = self.cpb_mlp(window, reference)
         logit_scale = self.logit_scale.flatten().to(bias_table.dtype)
         out = cosine_window_attention(
@@ -80,7 +95,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        return mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
 
 
 class Block(nn.Module):
@@ -103,17 +118,17 @@ class Block(nn.Module):
         self.window, self.reference_window = list(window), list(reference)
         self.shift = [w // 2 if shifted else 0 for w in window]
         self.attn = WindowAttention(channels, num_heads, position_bias)
-        self.norm1 = LayerNorm(channels)
+        self.norm1 = PostNorm(channels)
         self.mlp = Mlp(channels, int(channels * mlp_ratio))
-        self.norm2 = LayerNorm(channels)
+        self.norm2 = PostNorm(channels)
         self.drop_path = DropPath(drop_path_rate)
         self.enorm = LayerNorm(channels) if extra_norm else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, Y, X, C) -> (B, Y, X, C)"""
         window, shift = fit_window(x.shape[1:3], self.window, self.shift)
-        x = x + self.drop_path(self.norm1(self.attn(x, window, shift, self.reference_window)))
-        x = x + self.drop_path(self.norm2(self.mlp(x)))
+        x = self.norm1(x, self.attn(x, window, shift, self.reference_window), self.drop_path(x))
+        x = self.norm2(x, self.mlp(x), self.drop_path(x))
         return self.enorm(x)
 
 
@@ -130,8 +145,8 @@ class PatchMerging(nn.Module):
         rows, columns = x.shape[1:3]
         if rows % 2 or columns % 2:
             x = F.pad(x, (0, 0, 0, columns % 2, 0, rows % 2))
-        neighbours = [x[:, row::2, column::2] for row, column in ((0, 0), (1, 0), (0, 1), (1, 1))]
-        return self.norm(self.reduction(torch.cat(neighbours, dim=-1)))
+        neighbours = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).permute(0, 1, 3, 4, 2, 5)  # B Y/2 X/2 column row C
+        return self.norm(self.reduction(neighbours.flatten(3)))
 
 
 class Stage(nn.Module):

@@ -408,7 +408,7 @@ def test_a_disk_without_room_is_told(tmp_path: Path) -> None:
 def test_states_in_host_memory_change_nothing(stage: int) -> None:
     usual, offloaded = engine(stage, "bf16"), engine(stage, "bf16", offload="host")
     # ZeRO 3 sums the squares of gradients, for clipping, in another order; bfloat16 makes more of the difference.
-    assert_same_steps(offloaded, usual, within=1e-4 if stage == 3 else 1e-5)
+    assert_same_steps(offloaded, usual, within=5e-4 if stage == 3 else 1e-5)
     resumed = engine(stage, "bf16", offload="host")
     states = dict(offloaded.optimizer_state())
     resumed.load(dict(offloaded.parameters()).__getitem__, states.__getitem__, step=offloaded.updates)

@@ -13,10 +13,11 @@ from torch import nn
 import swinv2_scale
 from swinv2_scale.config import compose, plain
 from swinv2_scale.engine import cast
-from swinv2_scale.models import memory
+from swinv2_scale.models import memory, swin_v2
 from swinv2_scale.models.simmim import SimMIM
 from swinv2_scale.models.swin_v2 import SwinTransformerV2
 from swinv2_scale.ops import cosine_window_attention as operator
+from swinv2_scale.ops.block import mlp
 
 ROOT = Path(__file__).parents[2]
 COMMON = yaml.safe_load((ROOT / "conf/memory/_common.yaml").read_text())
@@ -231,13 +232,17 @@ def test_the_table_above_has_every_policy() -> None:
     assert sorted(name for name, _ in table.args[1]) == NAMES
 
 
-def test_an_mlp_runs_again_where_it_should(model: SwinTransformerV2) -> None:
+def test_an_mlp_runs_again_where_it_should(model: SwinTransformerV2, monkeypatch: pytest.MonkeyPatch) -> None:
     every_second = {"activations": "recompute_mlp", "every": 2}
     assert runs(model, "attn", **every_second) == [[1, 1, 1], [1], [1, 1], [1]]
-    hidden = [[block.mlp.fc1 for block in blocks] for blocks in model.blocks()]
-    calls: dict[nn.Module, int] = {}
-    for layer in [layer for layers in hidden for layer in layers]:
-        layer.register_forward_hook(lambda layer, *_: calls.update({layer: calls.get(layer, 0) + 1}))
+    hidden = [[block.mlp.fc1.weight for block in blocks] for blocks in model.blocks()]
+    calls: dict[torch.Tensor, int] = {}
+
+    def counted(x: torch.Tensor, weight: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+        calls[weight] = calls.get(weight, 0) + 1
+        return mlp(x, weight, *others)
+
+    monkeypatch.setattr(swin_v2, "mlp", counted)
     step(model, **every_second)
     assert [[calls[layer] for layer in layers] for layers in hidden] == [[2, 1, 2], [2], [2, 1], [2]]
     calls.clear()

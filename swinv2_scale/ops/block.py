@@ -1,0 +1,161 @@
+"""What a block does besides attention, with as little kept for backward, and as little memory traffic, as it needs.
+
+    linear               x · Wᵀ + b
+    mlp                  fc2(gelu(fc1(x))); keeps x and fc1's output, and computes GELU again in backward
+    residual_post_norm   x + keep · norm(y); keeps y and two numbers per token
+
+The parts that memory bounds are native on the CPU (kernels/block_cpu.cpp), PyTorch's functions elsewhere. A compiler
+sees compositions of PyTorch's functions, which it fuses in its own way, and which tests compare the rest with.
+Channels are the last dimension of every map.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from swinv2_scale.ops import native
+
+EPS = 1e-5  # of the norm
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x (…, C), weight (C', C), bias (C',) -> (…, C'), in autocast's type where it is on."""
+    if torch.compiler.is_compiling():
+        return F.linear(x, weight, bias)
+    return _Linear.apply(*_autocast(x, weight, bias))
+
+
+def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
+    """Two linear layers with GELU between them: (…, C) -> (…, C)."""
+    if torch.compiler.is_compiling():
+        return F.linear(F.gelu(F.linear(x, weight1, bias1)), weight2, bias2)
+    return _Mlp.apply(*_autocast(x, weight1, bias1, weight2, bias2))
+
+
+def residual_post_norm(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, keep: Tensor | None) -> Tensor:
+    """x + keep · (LayerNorm(y) · weight + bias) in x's type; the norm in that of its weight.
+
+    x and y (B, …, C); weight and bias (C,), float32 or wider; keep (B,), float32: drop path's factors, or None.
+    """
+    if torch.compiler.is_compiling():
+        branch = F.layer_norm(y.to(weight.dtype), weight.shape, weight, bias, EPS)
+        return x + (branch if keep is None else branch * _per_image(keep, x)).to(x.dtype)
+    return _ResidualPostNorm.apply(x, y.to(x.dtype), weight, bias, keep)
+
+
+def _per_image(keep: Tensor, x: Tensor) -> Tensor:
+    return keep.view(-1, *[1] * (x.dim() - 1))
+
+
+def _is_native(map: Tensor) -> bool:
+    """Whether the native parts take a map."""
+    types = (*native.TYPES, torch.float64)
+    return map.device.type == "cpu" and "cpu" not in native.missing and map.shape[-1] % 16 == 0 and map.dtype in types
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    return tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    with torch.autocast(x.device.type, enabled=False):  # the types are chosen already
+        return F.linear(x, weight, bias)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1]).contiguous()
+
+
+def _sum(rows: Tensor) -> Tensor:
+    """(n, C) -> (C,), the gradient of a bias."""
+    return torch.ops.swinv2_scale.sum_rows(rows).to(rows.dtype) if _is_native(rows) else rows.sum(0)
+
+
+def _gelu(hidden: Tensor) -> Tensor:
+    return torch.ops.swinv2_scale.gelu_forward(hidden) if _is_native(hidden) else F.gelu(hidden)
+
+
+def _gelu_backward(grad: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(n, C) twice -> the gradient of GELU's input, in the memory of `grad`; GELU's output; the sum of the first."""
+    if _is_native(hidden):
+        activated, total = torch.ops.swinv2_scale.gelu_backward(grad, hidden)
+        return grad, activated, total.to(hidden.dtype)
+    torch.ops.aten.gelu_backward.grad_input(grad, hidden, grad_input=grad)
+    return grad, F.gelu(hidden), grad.sum(0)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _product(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        for_x, for_weight, for_bias = ctx.needs_input_grad
+        grad = _rows(grad)
+        return (
+            (grad @ weight).view_as(x) if for_x else None,
+            grad.t() @ _rows(x) if for_weight else None,
+            _sum(grad) if for_bias else None,
+        )
+
+
+class _Mlp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
+        hidden = _product(x, weight1, bias1)
+        ctx.save_for_backward(x, hidden, weight1, weight2)
+        return _product(_gelu(hidden), weight2, bias2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, hidden, weight1, weight2 = ctx.saved_tensors
+        for_x, for_weight1, for_bias1, for_weight2, for_bias2 = ctx.needs_input_grad
+        grad = _rows(grad)
+        grad_hidden, activated, sum_hidden = _gelu_backward(grad @ weight2, _rows(hidden))
+        return (
+            (grad_hidden @ weight1).view_as(x) if for_x else None,
+            grad_hidden.t() @ _rows(x) if for_weight1 else None,
+            sum_hidden if for_bias1 else None,
+            grad.t() @ activated if for_weight2 else None,
+            _sum(grad) if for_bias2 else None,
+        )
+
+
+class _ResidualPostNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, keep: Tensor | None) -> Tensor:
+        exact = torch.promote_types(y.dtype, torch.float32)
+        ctx.native = _is_native(y) and weight.dtype == exact
+        if ctx.native:
+            y, keep = y.contiguous(), None if keep is None else keep.to(exact)
+            out, *statistics = torch.ops.swinv2_scale.residual_norm_forward(x.contiguous(), y, weight, bias, keep, EPS)
+        else:
+            branch, *statistics = torch.native_layer_norm(y.to(weight.dtype), weight.shape, weight, bias, EPS)
+            out = x + (branch if keep is None else branch * _per_image(keep, x)).to(x.dtype)
+        ctx.save_for_backward(y, weight, bias, keep, *statistics)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        y, weight, bias, keep, *statistics = ctx.saved_tensors
+        if ctx.native:
+            backward = torch.ops.swinv2_scale.residual_norm_backward
+            grad_y, affine = backward(grad.contiguous(), y, weight, keep, *statistics)
+            return grad, grad_y, *affine, None
+        of_branch = grad.to(weight.dtype)
+        of_branch = of_branch if keep is None else of_branch * _per_image(keep, y)
+        backward = torch.ops.aten.native_layer_norm_backward
+        grad_y, *affine = backward(of_branch, y.to(weight.dtype), weight.shape, *statistics, weight, bias, [True] * 3)
+        return grad, grad_y.to(y.dtype), *affine, None

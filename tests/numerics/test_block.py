@@ -1,0 +1,197 @@
+"""The parts of a block that are ours against compositions of PyTorch's functions: values, gradients, what is kept."""
+
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from swinv2_scale.ops import block, native
+
+SHAPE = (3, 5, 7)  # images, rows, columns
+TYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+KEEP = torch.tensor([0.0, 1.25, 1.25])
+
+
+def composed_norm(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, keep: Tensor | None) -> Tensor:
+    branch = F.layer_norm(y.to(weight.dtype), weight.shape, weight, bias)
+    return x + (branch if keep is None else branch * keep.view(-1, 1, 1, 1)).to(x.dtype)
+
+
+def composed_mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
+    return F.linear(F.gelu(F.linear(x, weight1, bias1)), weight2, bias2)
+
+
+def arguments(name: str, channels: int, dtype: torch.dtype) -> list[Any]:
+    torch.manual_seed(0)
+    exact = torch.promote_types(dtype, torch.float32)
+    x = torch.randn(*SHAPE, channels, dtype=dtype)
+    if name == "norm":
+        y = torch.randn_like(x) * 2 + torch.randn_like(x[..., :1])
+        return [x, y, torch.randn(channels, dtype=exact), torch.randn(channels, dtype=exact), KEEP]
+    hidden = 2 * channels
+    if name == "linear":
+        return [x, torch.randn(hidden, channels, dtype=dtype) / 5, torch.randn(hidden, dtype=dtype)]
+    first, second = torch.randn(hidden, channels, dtype=dtype) / 5, torch.randn(channels, hidden, dtype=dtype) / 5
+    return [2 * x, first, torch.randn(hidden, dtype=dtype), second, torch.randn(channels, dtype=dtype)]
+
+
+FUNCTIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
+    "norm": (block.residual_post_norm, composed_norm),
+    "linear": (block.linear, F.linear),
+    "mlp": (block.mlp, composed_mlp),
+}
+
+
+def results(function: Callable[..., Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Output, then gradients of all but the factors of drop path."""
+    leaves = [t.clone().requires_grad_() if t is not KEEP else t for t in tensors]
+    out = function(*leaves)
+    torch.manual_seed(1)
+    wanted = [leaf for leaf in leaves if leaf.requires_grad]
+    return [out.detach(), *torch.autograd.grad(out, wanted, torch.randn_like(out))]
+
+
+def error(found: Tensor, exact: Tensor) -> float:
+    return float((found.double() - exact).norm() / exact.norm())
+
+
+@pytest.fixture(params=["native", "PyTorch"])
+def parts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """With the native parts, and as on a device that has none."""
+    if request.param == "native" and "cpu" in native.missing:
+        pytest.skip(native.missing["cpu"])
+    if request.param == "PyTorch":
+        monkeypatch.setitem(native.missing, "cpu", "not today")
+    return request.param
+
+
+@pytest.mark.parametrize("channels", [48, 40])  # not a multiple of 16: never native
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_errors_are_those_of_the_composition(parts: str, name: str, dtype: torch.dtype, channels: int) -> None:
+    """Against float64 with the same inputs: not beyond 1.5 times those of PyTorch's functions in the same type."""
+    ours, composed = FUNCTIONS[name]
+    tensors = arguments(name, channels, dtype)
+    exact = results(composed, [t if t is KEEP else t.double() for t in tensors])
+    for found, usual, true in zip(results(ours, tensors), results(composed, tensors), exact, strict=True):
+        assert found.dtype == usual.dtype and found.shape == usual.shape
+        assert error(found, true) <= 1.5 * error(usual, true) + 1e-15
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_gradients_are_those_of_finite_differences(parts: str, name: str) -> None:
+    tensors = [
+        t if t is KEEP else t[..., :16].contiguous() if i == 0 else t
+        for i, t in enumerate(arguments(name, 16, torch.float64))
+    ]
+    leaves = [t.requires_grad_() if t is not KEEP else t for t in tensors]
+    torch.autograd.gradcheck(FUNCTIONS[name][0], leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_frozen_weights_get_no_gradient(parts: str, name: str) -> None:
+    x, *others = arguments(name, 32, torch.float32)
+    x.requires_grad_()
+    FUNCTIONS[name][0](x, *others).sum().backward()
+    assert x.grad is not None
+
+
+def test_gelu_reaches_from_tail_to_tail() -> None:
+    """Relative to x: to the last bits of float32, and nothing from the tail's other side."""
+    if "cpu" in native.missing:
+        pytest.skip(native.missing["cpu"])
+    x = torch.linspace(-14, 14, 16 * 4000).view(-1, 16)
+    found = torch.ops.swinv2_scale.gelu_forward(x)
+    exact = F.gelu(x.double())
+    assert (found - exact).abs().max() <= 5e-7
+    assert ((found - exact) / x.double())[x != 0].abs().max() <= 2.5e-7
+    special = torch.tensor([[float("nan"), float("inf"), -40.0, 40.0, 0.0] + [0.0] * 11])
+    nan, inf, *rest = torch.ops.swinv2_scale.gelu_forward(special)[0, :5].tolist()
+    assert math.isnan(nan) and inf == float("inf") and rest == [0.0, 40.0, 0.0]
+
+
+def test_what_is_kept() -> None:
+    """Of an MLP its input and hidden map; of a norm its branch, and two numbers per token."""
+    kept: list[tuple[int, ...]] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append(tuple(tensor.shape))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        for name, expected in (
+            ("mlp", [(*SHAPE, 48), (*SHAPE, 96), (96, 48), (48, 96)]),
+            ("linear", [(*SHAPE, 48), (96, 48)]),
+        ):
+            kept.clear()
+            FUNCTIONS[name][0](*(t.requires_grad_() for t in arguments(name, 48, torch.bfloat16)))
+            assert kept == expected
+        kept.clear()
+        block.residual_post_norm(*(t.requires_grad_(t is not KEEP) for t in arguments("norm", 48, torch.bfloat16)))
+        assert kept[0] == (*SHAPE, 48) and sum(len(shape) == 4 and shape[-1] > 1 for shape in kept) == 1
+
+
+def test_autocast_computes_in_its_type(parts: str) -> None:
+    for name in ("linear", "mlp"):
+        tensors = [t.requires_grad_() for t in arguments(name, 48, torch.float32)]
+        with torch.autocast("cpu", torch.bfloat16):
+            out = FUNCTIONS[name][0](*tensors)
+        low = FUNCTIONS[name][0](*(t.detach().bfloat16() for t in tensors))
+        assert out.dtype == torch.bfloat16 and torch.equal(out, low)
+        out.sum().backward()
+        assert all(t.grad is not None and t.grad.dtype == torch.float32 for t in tensors)
+
+
+def test_a_compiler_and_an_exporter_see_pytorch() -> None:
+    with torch.device("meta"):
+        tensors = arguments("mlp", 32, torch.float32)
+
+    class Module(torch.nn.Module):
+        def forward(self, *tensors: Tensor) -> Tensor:
+            return block.residual_post_norm(tensors[0], block.mlp(*tensors), tensors[4], tensors[4], None)
+
+    graph = torch.export.export(Module(), tuple(tensors)).graph
+    assert {node.target.namespace for node in graph.nodes if node.op == "call_function"} == {"aten"}
+
+
+@pytest.mark.skipif("cpu" in native.missing, reason=native.missing.get("cpu", ""))
+@pytest.mark.parametrize("instructions", native.instruction_sets() if "cpu" not in native.missing else [])
+def test_every_instruction_set(instructions: str) -> None:
+    """In a process of its own, since the choice is the process's."""
+    script = "import test_block as t; [t.compare(n, d) for n in t.FUNCTIONS for d in t.TYPES]"
+    environment = {**os.environ, native.FORCE: instructions, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", script], env=environment, check=True)
+
+
+def compare(name: str, dtype: torch.dtype) -> None:
+    test_errors_are_those_of_the_composition("native", name, dtype, 48)
+
+
+@pytest.mark.skipif("cpu" in native.missing, reason=native.missing.get("cpu", ""))
+def test_sums_do_not_depend_on_the_number_of_threads() -> None:
+    before = torch.get_num_threads()
+    found = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        found.append([results(FUNCTIONS[name][0], arguments(name, 48, torch.float32)) for name in FUNCTIONS])
+    torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for one, two in zip(*found, strict=True) for a, b in zip(one, two, strict=True))
+
+
+@pytest.mark.skipif("cpu" in native.missing, reason=native.missing.get("cpu", ""))
+def test_what_does_not_fit_is_refused() -> None:
+    operators = torch.ops.swinv2_scale
+    with pytest.raises(RuntimeError, match="multiple of 16"):
+        operators.sum_rows(torch.randn(4, 24))
+    with pytest.raises(RuntimeError, match="weight has 32 elements, not 16"):
+        operators.residual_norm_forward(*[torch.randn(4, 16)] * 2, *[torch.randn(32)] * 2, None, 1e-5)
+    with pytest.raises(RuntimeError, match="keep has 3 elements, not 4"):
+        operators.residual_norm_forward(*[torch.randn(4, 16)] * 2, *[torch.randn(16)] * 2, torch.ones(3), 1e-5)
+    assert operators.sum_rows(torch.randn(0, 16)).tolist() == [0.0] * 16
