@@ -1,6 +1,7 @@
 # make demo       install, pack real images, pretrain, fine-tune, evaluate, report: the main job, on a fresh machine
 # make test       install, lint, types, tests (under 20 minutes on two cores)
 # make test-long  the whole demo and longer sweeps
+# make bench      steps of this project and of other libraries side by side; hours on two cores
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -12,7 +13,7 @@ DEMO   := PATH="$(BIN):$$PATH" DS_ACCELERATOR=cpu $(BIN)/deepspeed --num_acceler
 PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 SHARDS := photographs/train photographs/validation digits/train digits/validation
 
-.PHONY: demo test test-long lint pack clean
+.PHONY: demo test test-long bench lint pack clean
 
 demo: $(VENV)/.demo pack
 	rm -rf runs/demo_simmim runs/demo_classification runs/evaluation
@@ -34,6 +35,9 @@ test: lint
 
 test-long: $(VENV)/.test
 	$(BIN)/python -m pytest $(PARALLEL)
+
+bench: $(VENV)/.test
+	$(BIN)/python docs/benchmarks/training_step.py --modes training inference simmim --compile
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

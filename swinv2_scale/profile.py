@@ -25,6 +25,7 @@ from swinv2_scale.models.swin_v2 import (
     Mlp,
     PatchEmbed,
     PatchMerging,
+    PostNorm,
     SwinTransformerV2,
     WindowAttention,
 )
@@ -37,6 +38,7 @@ PARTS: dict[type[nn.Module], str] = {
     PositionBias: "position bias",
     Mlp: "mlp",
     LayerNorm: "norm",
+    PostNorm: "norm",
     PatchMerging: "merging",
 }
 # Of a part, what `forward_flops` calls it.

@@ -1,15 +1,23 @@
-"""A training step of Swin V2 T in this project, timm, torchvision and transformers: time and memory, in one run.
+"""A step of Swin V2 in this project, timm, torchvision and transformers: time and memory, side by side in one run.
 
-    python docs/benchmarks/training_step.py                        # 256 pixels at window 8, 1536 pixels at window 48
-    python docs/benchmarks/training_step.py --sizes 256/8/8        # image size / window / batch
-    python docs/benchmarks/training_step.py --libraries timm       # this project and timm
+    make bench                                                     # every case; hours on two cores
+    python docs/benchmarks/training_step.py --cases t/256/8/8,b/192/12/4 --types bf16
+    python docs/benchmarks/training_step.py --cases t/256/8/8 --compile --libraries timm
+    python docs/benchmarks/training_step.py --modes inference simmim
 
-A step is forward in bfloat16 under autocast, cross-entropy, backward, AdamW in float32. Each library trains in a
-process of its own, in turn, round after round; memory is the peak of the process above the model's weights. A process
-that passes `--limit` GiB is stopped and shown with that limit: it cannot train there within it.
+A case is model/image size/window/batch. Modes: training (forward, cross-entropy, backward, AdamW), inference, and
+simmim (a SimMIM step; torchvision and timm have none). In bf16 this project trains through its engine, as its users do:
+weights and maps of 16 bits, float32 where it matters, float32 master weights; the others under autocast, as theirs do.
+"products" is the time of the model's matrix products alone: linear layers, and attention as PyTorch multiplies it.
+
+Every program is a process of its own, and they take steps in turn, round after round; the first two warm up. A cell is
+the median of the rest. Memory is the peak of the process above what it had before there was a model. A process that
+passes `--limit` GiB is stopped and shown with that limit: it cannot train there within it.
 """
 
 import argparse
+import importlib.metadata
+import math
 import os
 import statistics
 import subprocess
@@ -17,40 +25,101 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-PROJECT = ("this project", "this project, memory=block")
+MODES = ("training", "inference", "simmim")
+PROJECT = "this project"
+POLICIES = {PROJECT: "none", f"{PROJECT}, memory=block": "block", f"{PROJECT}, compiled": "none"}
 LIBRARIES = ("timm", "torchvision", "transformers")
-DEPTHS, HEADS, WIDTH, CLASSES = (2, 2, 6, 2), (3, 6, 12, 24), 96, 1000
+CASES = "t/256/8/8,s/256/8/8,b/192/12/4,b/256/16/2,b/384/24/1"
+CLASSES = 1000
 POLL = 0.02  # seconds between looks at a process's memory
 
 
-def build(library: str, image: int, window: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Size T with random weights; images (B, 3, image, image) -> logits (B, 1000)."""
-    if library in PROJECT:
-        import swinv2_scale
-        from swinv2_scale.models import memory
+class Case(NamedTuple):
+    model: str
+    image: int
+    window: int
+    batch: int
 
-        model: nn.Module = swinv2_scale.create_model("t", image_size=image, window_size=window, num_classes=CLASSES)
-        activations = "recompute" if library.endswith("block") else "keep"
-        policy = {"stages": None, "every": 1, "attention_stages": None, "mlp_tokens": 0}
-        memory.apply(model, activations=activations, attention="auto", **policy)
-    elif library == "timm":
+    @classmethod
+    def parse(cls, text: str) -> "Case":
+        model, *numbers = text.split("/")
+        return cls(model, *map(int, numbers))
+
+
+def shape(model: str) -> dict[str, Any]:
+    """embed_dim, depths and num_heads of a size."""
+    from swinv2_scale import config
+
+    cfg = config.plain(config.compose_model(model))
+    return {key: cfg[key] for key in ("embed_dim", "depths", "num_heads")}
+
+
+# ------------------------------------------------------------------------------------------ a step of each program
+
+
+def project(name: str, case: Case, mode: str, kind: str) -> Callable[[], Tensor]:
+    """A step of this project; in training through the engine, on one rank under ZeRO 1."""
+    import swinv2_scale
+    from swinv2_scale import config
+    from swinv2_scale.engine import build_engine, cast, optimizer
+    from swinv2_scale.models import memory as policies
+    from swinv2_scale.optim import parameter_groups
+    from swinv2_scale.parallel import PRECISIONS, deepspeed_config
+
+    images = torch.randn(case.batch, 3, case.image, case.image)
+    if mode == "inference":
+        model = swinv2_scale.create_model(case.model, image_size=case.image, window_size=case.window)
+        cast(model.eval(), kind)
+        run = torch.compile(model) if "compiled" in name else model
+        return lambda: run(images.to(PRECISIONS[kind]))
+    task = "simmim" if mode == "simmim" else "classification"
+    settings = [f"model={case.model}", f"model.image_size={case.image}", f"model.window_size={case.window}"]
+    settings += [f"global_batch={case.batch}", f"micro_batch={case.batch}", f"precision={kind}", f"task={task}"]
+    cfg = config.compose("pretrain", ["name=bench", "epochs=1", "data.train=none", *settings])
+    the_task = config.instantiate(cfg.task)
+    model = the_task.build(cfg.model).train()
+    policies.apply(model, **config.memory_policies()[POLICIES[name]])
+    if "compiled" in name:
+        model.compile()
+    arithmetic = {"global_batch": case.batch, "micro_batch": case.batch, "world_size": 1}
+    adamw = {"zero_stage": 1, "offload": None, "betas": (0.9, 0.999), "eps": 1e-8}
+    engine = build_engine(
+        model,
+        parameter_groups(model, cfg.model.depths, weight_decay=0.05, layer_decay=None),
+        optimizer=optimizer("adamw", implementation="torch", **adamw),
+        precision=kind,
+        ds_config=deepspeed_config(**arithmetic, precision=kind, gradient_clip=5.0, **cfg.parallel),
+    )
+    batch = {"image": images, "target": torch.randn(case.batch, CLASSES).softmax(1)}
+    if mode == "simmim":
+        batch["mask"] = (torch.rand(case.batch, *[case.image // 4] * 2) > 0.6).float()
+    return lambda: torch.as_tensor(engine.step([batch], the_task.loss, 1e-4).loss)
+
+
+def peer(name: str, case: Case, mode: str, kind: str) -> Callable[[], Tensor]:
+    """A step of another library's model, as its users write it."""
+    library, size = name.partition(",")[0], shape(case.model)
+    if library == "timm":
         from timm.models.swin_transformer_v2 import SwinTransformerV2
 
-        model = SwinTransformerV2(img_size=image, window_size=window, drop_path_rate=0.2)
+        model: nn.Module = SwinTransformerV2(img_size=case.image, window_size=case.window, drop_path_rate=0.2, **size)
     elif library == "torchvision":
         from torchvision.models import swin_transformer as vision
 
         model = vision.SwinTransformer(
             [4, 4],
-            WIDTH,
-            list(DEPTHS),
-            list(HEADS),
-            [window, window],
+            size["embed_dim"],
+            size["depths"],
+            size["num_heads"],
+            [case.window, case.window],
             stochastic_depth_prob=0.2,
             num_classes=CLASSES,
             block=vision.SwinTransformerBlockV2,
@@ -60,33 +129,100 @@ def build(library: str, image: int, window: int) -> Callable[[torch.Tensor], tor
         import transformers
 
         config = transformers.Swinv2Config(
-            image_size=image, window_size=window, embed_dim=WIDTH, depths=DEPTHS, num_heads=HEADS, num_labels=CLASSES
+            image_size=case.image, window_size=case.window, num_labels=CLASSES, encoder_stride=32, **size
         )
-        model = transformers.Swinv2ForImageClassification(config)
-    return model.train()
+        kinds = transformers.Swinv2ForMaskedImageModeling, transformers.Swinv2ForImageClassification
+        model = kinds[mode != "simmim"](config)
+    images, labels = torch.randn(case.batch, 3, case.image, case.image), torch.randint(CLASSES, (case.batch,))
+    run = torch.compile(model) if "compiled" in name else model
+    autocast = torch.autocast("cpu", torch.bfloat16) if kind == "bf16" else nullcontext()
+    if mode == "inference":
+        model.eval()
 
+        def forward() -> Tensor:
+            with autocast:
+                output = run(images)
+            return getattr(output, "logits", output)
 
-def serve(library: str, image: int, window: int, batch: int, threads: int) -> None:
-    """A step for every line of stdin; prints its seconds and the peak of memory above the weights in GiB."""
-    torch.set_num_threads(threads)
-    torch.manual_seed(0)
-    model = build(library, image, window)
-    assert isinstance(model, nn.Module)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    images, labels = torch.randn(batch, 3, image, image), torch.randint(CLASSES, (batch,))
-    before = memory(os.getpid(), "VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-    for _ in sys.stdin:
-        begin = time.perf_counter()
-        with torch.autocast("cpu", torch.bfloat16):
-            output = model(images)
-            loss = nn.functional.cross_entropy(getattr(output, "logits", output).float(), labels)
+        return forward
+    optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-4, fused=True)
+    mask = torch.rand(case.batch, (case.image // 4) ** 2) > 0.6
+
+    def step() -> Tensor:
+        with autocast:
+            if mode == "simmim":
+                loss = run(images, bool_masked_pos=mask).loss
+            else:
+                output = run(images)
+                loss = F.cross_entropy(getattr(output, "logits", output).float(), labels)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        seconds = time.perf_counter() - begin
-        assert bool(torch.isfinite(loss)), loss
-        print(seconds, (memory(os.getpid(), "VmHWM") - before) / 2**30, flush=True)
+        return loss
+
+    return step
+
+
+def products(case: Case, mode: str, kind: str) -> Callable[[], Tensor]:
+    """The matrix products of a step: of every linear layer, and of attention, window by window and head by head."""
+    size, dtype = shape(case.model), torch.bfloat16 if kind == "bf16" else torch.float32
+    grid, width = math.ceil(case.image / 4), size["embed_dim"]
+    tokens = case.batch * grid**2
+    linear: list[tuple[int, int, int, int]] = [(1, tokens, 48, width)]  # times, rows, in, out
+    attention: list[tuple[int, int, int, int]] = []  # times, batch, tokens of a window, width of a head
+    for stage, (depth, heads) in enumerate(zip(size["depths"], size["num_heads"], strict=True)):
+        linear += [(depth, tokens, width, out * width) for out in (3, 1, 4)] + [(depth, tokens, 4 * width, width)]
+        window = min(case.window, grid)
+        attention.append((depth, case.batch * math.ceil(grid / window) ** 2 * heads, window**2, width // heads))
+        if stage < len(size["depths"]) - 1:
+            grid, tokens = math.ceil(grid / 2), case.batch * math.ceil(grid / 2) ** 2
+            linear.append((1, tokens, 4 * width, 2 * width))
+            width *= 2
+    linear.append((1, case.batch, width, CLASSES))
+    maps = [(n, torch.randn(r, i, dtype=dtype), torch.randn(o, i, dtype=dtype)) for n, r, i, o in linear]
+    maps_out = [torch.randn(r, o, dtype=dtype) for _, r, _, o in linear]
+    heads_in = [(n, torch.randn(b, t, d, dtype=dtype), torch.randn(b, t, t, dtype=dtype)) for n, b, t, d in attention]
+
+    def run() -> Tensor:
+        for (times, x, weight), grad in zip(maps, maps_out, strict=True):
+            for _ in range(times):
+                out = x @ weight.t()
+                if mode != "inference":
+                    grad @ weight, grad.t() @ x
+        for times, q, p in heads_in:
+            for _ in range(times):
+                q @ q.transpose(1, 2), p @ q
+                if mode != "inference":
+                    q @ q.transpose(1, 2), p.transpose(1, 2) @ q, p @ q, p.transpose(1, 2) @ q
+        return out[0, 0].float()
+
+    return run
+
+
+def serve(name: str, case: Case, mode: str, kind: str, threads: int) -> None:
+    """A step for every line of stdin; prints its seconds and the peak of memory in GiB."""
+    from swinv2_scale import distributed
+
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    with distributed.process_group(10.0):
+        before = memory(os.getpid(), "VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+        if name == "products":
+            step = products(case, mode, kind)
+        else:
+            step = (project if name in POLICIES else peer)(name, case, mode, kind)
+        with torch.inference_mode(mode == "inference"):
+            for _ in sys.stdin:
+                begin = time.perf_counter()
+                result = step()
+                seconds = time.perf_counter() - begin
+                assert bool(torch.isfinite(result).all()), result
+                print(seconds, (memory(os.getpid(), "VmHWM") - before) / 2**30, flush=True)
+    distributed.end_process(0)
+
+
+# --------------------------------------------------------------------------------------------------- side by side
 
 
 def memory(pid: int, name: str) -> int:
@@ -103,60 +239,96 @@ def stop_above(process: subprocess.Popen[str], limit: float) -> None:
         time.sleep(POLL)
 
 
-def compare(image: int, window: int, batch: int, arguments: argparse.Namespace) -> None:
-    """Print the rows of one size."""
-    libraries = (*PROJECT, *arguments.libraries)
-    results: dict[str, list[tuple[float, float]]] = {library: [] for library in libraries}
-    for rounds in range(arguments.rounds):
-        for library in libraries:
-            if len(results[library]) < rounds:
-                continue  # it was stopped
-            command = [sys.executable, __file__, "--serve", library, "--threads", str(arguments.threads)]
-            process = subprocess.Popen(
-                [*command, "--sizes", f"{image}/{window}/{batch}"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                text=True,
+class Program:
+    """A process that takes a step when it is told to: `results` are seconds and GiB; `ended` says why no more come."""
+
+    def __init__(self, name: str, case: Case, mode: str, kind: str, arguments: argparse.Namespace) -> None:
+        command = [sys.executable, __file__, "--serve", name, "--threads", str(arguments.threads)]
+        command += ["--cases", "/".join(map(str, case)), "--modes", mode, "--types", kind]
+        environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "DS_ACCELERATOR": "cpu"}
+        self.errors = Path(f"/tmp/{os.getpid()}_{time.monotonic_ns()}")
+        self.name, self.results, self.ended = name, [], ""
+        self.limit = arguments.limit
+        with self.errors.open("w") as errors:
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
             )
-            watch = threading.Thread(target=stop_above, args=(process, arguments.limit))
-            watch.start()
-            lines = process.communicate("step\n" * arguments.steps)[0].splitlines()
-            watch.join()
-            if len(lines) == arguments.steps:  # the first step warms up
-                values = [tuple(map(float, line.split())) for line in lines]
-                seconds = statistics.median(value[0] for value in values[min(1, len(values) - 1) :])
-                results[library].append((seconds, values[-1][1]))
-    ours = statistics.median(value[0] for value in results[PROJECT[0]])
-    for library, values in results.items():
-        if len(values) == arguments.rounds:
-            seconds = statistics.median(value[0] for value in values)
-            cells = f"{seconds:.2f} | {seconds / ours:.1f}× | {max(value[1] for value in values):.1f} GiB"
+        threading.Thread(target=stop_above, args=(self.process, arguments.limit), daemon=True).start()
+
+    def step(self) -> None:
+        if self.ended:
+            return
+        assert self.process.stdin and self.process.stdout
+        try:
+            self.process.stdin.write("step\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            pass
+        answer = self.process.stdout.readline().split()
+        while answer and len(answer) != 2:  # what libraries print
+            answer = self.process.stdout.readline().split()
+        if answer:
+            self.results.append((float(answer[0]), float(answer[1])))
+        elif self.process.wait() == -9:
+            self.ended = f"more than {self.limit:g} GiB: stopped"
         else:
-            cells = f"- | - | more than {arguments.limit:g} GiB: stopped"
-        print(f"| {image} / {window} / {batch} | {library} | {cells} |", flush=True)
+            self.ended = (self.errors.read_text().strip().splitlines() or ["ended"])[-1][:100]
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.errors.unlink()
+
+
+def compare(case: Case, mode: str, kind: str, arguments: argparse.Namespace) -> None:
+    """Print the rows of one case."""
+    names = ["products", PROJECT, *[name for name in POLICIES if "block" in name and mode == "training"]]
+    peers = [library for library in arguments.libraries if mode != "simmim" or library == "transformers"]
+    names += peers + [f"{name}, compiled" for name in (PROJECT, *peers) if arguments.compile]
+    programs = [Program(name, case, mode, kind, arguments) for name in names]
+    try:
+        for _ in range(2 + arguments.rounds):
+            for program in programs:
+                program.step()
+    finally:
+        for program in programs:
+            program.close()
+    medians = {p.name: statistics.median(s for s, _ in p.results[2:]) for p in programs if not p.ended}
+    for program in programs:
+        cells = f"- | - | - | {program.ended}"
+        if program.name in medians:
+            seconds = medians[program.name]
+            ours, bound = medians.get(PROJECT, math.nan), medians.get("products", math.nan)
+            cells = f"{seconds:.3f} | {seconds / ours:.2f}× | {bound / seconds:.0%} | {program.results[-1][1]:.2f} GiB"
+        print(f"| {'/'.join(map(str, case))} | {mode} | {kind} | {program.name} | {cells} |", flush=True)
 
 
 def main() -> None:
-    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", default="256/8/8,1536/48/1", help="image size / window / batch, comma-separated")
-    parser.add_argument("--libraries", nargs="+", choices=LIBRARIES, default=LIBRARIES)
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--cases", default=CASES, help="model/image size/window/batch, comma-separated")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=["training", "inference"])
+    parser.add_argument("--types", nargs="+", choices=["bf16", "fp32"], default=["bf16", "fp32"])
+    parser.add_argument("--libraries", nargs="*", choices=LIBRARIES, default=LIBRARIES)
+    parser.add_argument("--compile", action="store_true", help="also what torch.compile makes of them")
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--limit", type=float, default=20.0, help="GiB that a process may take")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    sizes = [tuple(map(int, size.split("/"))) for size in arguments.sizes.split(",")]
+    cases = [Case.parse(text) for text in arguments.cases.split(",")]
     if arguments.serve:
-        image, window, batch = sizes[0]
-        serve(arguments.serve, image, window, batch, arguments.threads)
+        serve(arguments.serve, cases[0], arguments.modes[0], arguments.types[0], arguments.threads)
         return
-    print(f"PyTorch {torch.__version__}, {arguments.threads} threads, {arguments.rounds} rounds\n")
-    print("| image / window / batch | library | s per step | ratio | memory above the weights |\n|---|---|---|---|---|")
-    for image, window, batch in sizes:
-        compare(image, window, batch, arguments)
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", *arguments.libraries))
+    processor = Path("/proc/cpuinfo").read_text().partition("model name")[2].partition("\n")[0].strip("\t: ")
+    print(f"{processor or 'CPU'}, {arguments.threads} threads")
+    print(f"{versions}, {arguments.rounds} rounds\n")
+    print("| model/image/window/batch | mode | type | program | s a step | ratio | products' share | memory |")
+    print("|---|---|---|---|---|---|---|---|", flush=True)
+    for case in cases:
+        for mode in arguments.modes:
+            for kind in arguments.types:
+                compare(case, mode, kind, arguments)
 
 
 if __name__ == "__main__":
