@@ -218,9 +218,10 @@ def units(
             chains = _block(block, attention=attention, mlp_tokens=memory["mlp_tokens"] or parts, **shape)
             policy = policies.get(memory["activations"], "keep") if chosen else "keep"
             unit = Unit(f"stage {stage + 1}", images * math.prod(grid) * width * low, chains, policy)
-            if policy == "recompute" and attention == "sequential":  # each chunk's checkpoint refers to the bias table
+            if policy == "recompute" and attention == "sequential":  # each chunk's checkpoint refers to these
                 window, _ = fit_window(grid, block.window, block.shift)
-                unit.pinned = EXACT * block.attn.num_heads * math.prod(2 * w - 1 for w in window)
+                offsets = math.prod(2 * w - 1 for w in window)
+                unit.pinned = 8 * math.prod(window) ** 2 + EXACT * block.attn.num_heads * offsets
             found.append(unit)
         if layer.downsample is not None:
             source = images * math.prod(grid) * width * low
@@ -323,7 +324,7 @@ def _attend(size: float, window: Sequence[int], windows: int, heads: int, low: i
     some_heads = min(heads, max(1, SEQUENTIAL_BYTES // (EXACT * one)))
     chunk = min(logits, some_heads * one * max(1, SEQUENTIAL_BYTES // (EXACT * one * some_heads)))
     scratch = 4 * EXACT * chunk + EXACT * some_heads * square + (copies - 3 * size) * chunk / logits
-    return Op(size, True, scratch=max(scratch + index, 6 * size if chunk < logits else 0.0))
+    return Op(size, True, extra=index, scratch=max(scratch, 6 * size if chunk < logits else 0.0))
 
 
 def _has_kernel(device: str, width: int, window: Sequence[int]) -> bool:

@@ -70,12 +70,12 @@ def cosine_window_attention(
 
     x = windows.partition(qkv.flatten(-3), window, shift)
     x_BMNthd = x.unflatten(-1, (3, heads, width))
+    index = windows.relative_index(window, qkv.device)  # PyTorch keeps it for backward: one for all chunks
     padded = windows.padded_grid(grid, window) != grid
     region_MN = windows.regions(grid, window, shift, qkv.device) if any(shift) else None
     absent_MN = windows.absent_tokens(grid, window, shift, qkv.device) if padded else None
 
     def attend(x: Tensor, region: Tensor | None, absent: Tensor | None, of: slice) -> Tensor:
-        index = windows.relative_index(window, qkv.device)  # here, so that a chunk's checkpoint does not hold it
         bias_HNN = bias_table[of].flatten(1)[:, index]
         return _attend(x, logit_scale[of], bias_HNN, _mask(region, absent, mask_value, bias_table.dtype))
 

@@ -18,7 +18,8 @@ MAX_CUDA_TOKENS = 4096  # of a window
 WIDTHS = range(8, 129, 8)  # of a head
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512_bf16", "amx_bf16")  # that setup.py compiles for x86-64
-FORCE = "SWINV2_SCALE_INSTRUCTION_SET"  # names the one to use instead of the best
+FORCE = "SWINV2_SCALE_INSTRUCTION_SET"  # names the one to use instead of the best, or is OFF
+OFF = "none"
 REMEDY = {
     "cpu": "with a C++ compiler and torch>=2.10 installed, run pip install again in the checkout",
     "cuda": "with a C++ compiler, nvcc and a PyTorch with CUDA installed, run pip install again in the checkout",
@@ -31,6 +32,8 @@ Gradients = tuple[Tensor, Tensor, Tensor]
 def _load() -> dict[str, str]:
     """Load what is built; why each of the others is missing. The CPU library defines what the CUDA library adds to."""
     missing = {}
+    if os.environ.get(FORCE) == OFF:
+        return dict.fromkeys(("cpu", "cuda"), f"{FORCE}={OFF} switches native code off")
     for device in ("cpu", "cuda"):
         library = Path(__file__).with_name(f"_kernels_{device}.so")
         if not library.exists():
@@ -72,7 +75,7 @@ def instruction_sets() -> list[str]:
     """Those of the CPU kernel that this processor has, the best last, as the kernel lists them when it is asked for
     another."""
     forced = os.environ.get(FORCE)
-    os.environ[FORCE] = "none"
+    os.environ[FORCE] = "unknown"
     try:
         operator = torch.ops.swinv2_scale.cosine_window_attention_forward
         operator(torch.ones(1, 1, 1, 3, 1, 8), torch.ones(1), torch.ones(1, 1, 1), [1, 1], [0, 0], 0.0)

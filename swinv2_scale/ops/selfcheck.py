@@ -19,7 +19,10 @@ VALUES, GRADIENTS = 2.0, 3.0  # times the error of plain PyTorch
 FLOOR = 2e-6
 TENSORS = ("out", "qkv", "logit_scale", "bias_table")  # values, and the three gradients
 REPEATED = "second run"
-REMEDY = "memory.attention=reference (or sequential, in less memory) trains without the kernel"
+REMEDY = (
+    "memory.attention=reference (or sequential, in less memory) trains without the kernel, the environment variable "
+    f"{native.FORCE}={native.OFF} without any native code"
+)
 
 LAYOUTS = (  # window, a grid that it divides, a grid that it does not
     ((1, 1), (4, 5), (3, 1)),

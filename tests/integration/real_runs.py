@@ -31,6 +31,30 @@ TINY = [
     "workers=1",
     "telemetry=no_wandb",
 ]
+STEPS = 6
+
+
+def simmim(shards: Path) -> list[str]:
+    return [
+        f"data.train={shards}/photographs/train",
+        f"steps={STEPS}",
+        "epochs=null",
+        "global_batch=60",  # 180 photographs: an epoch ends after 3 steps
+        "model.image_size=64",
+        "checkpoint_every=3",
+    ]
+
+
+def classification(shards: Path) -> list[str]:
+    return [
+        "task=classification",
+        "model.num_classes=10",
+        f"data.train={shards}/digits/train",
+        f"data.validation={shards}/digits/validation",
+        f"steps={STEPS}",
+        "epochs=null",
+        "global_batch=16",
+    ]
 
 
 @dataclass

@@ -47,6 +47,7 @@ def test_a_full_disk_costs_checkpoints_and_nothing_else(disk: Path, launch: Call
     assert continued.losses() == launch("whole", *settings(shards)).losses()
 
 
+@pytest.mark.long
 def test_a_read_only_run_directory_is_refused(disk: Path, shards: Path) -> None:
     first = run(disk / "run", *settings(shards), "steps=4")
     assert first.returncode == 0, first.output

@@ -52,6 +52,7 @@ def test_one_rank_without_finite_gradients_is_a_skipped_step_of_all(launch: Laun
     assert run.losses()[:3] == plain.losses()[:3] and run.losses()[5] != plain.losses()[5]
 
 
+@pytest.mark.long
 def test_a_slow_rank_can_be_told_from_one_that_waits_for_it(launch: Launch, shards: Path) -> None:
     run = injected(launch, shards, "slow", "1:slow 2:slow", "steps=4")
     assert run.returncode == 0, run.output
@@ -61,6 +62,7 @@ def test_a_slow_rank_can_be_told_from_one_that_waits_for_it(launch: Launch, shar
         assert line["slowest_rank"] == 1 or not slow
 
 
+@pytest.mark.long
 def test_three_in_a_row_abort_or_roll_back(launch: Launch, shards: Path) -> None:
     faults = "5:nan 6:nan 7:nan"
     aborted = injected(launch, shards, "abort", faults)
@@ -100,7 +102,8 @@ def test_a_signal_to_one_rank_saves_once_and_the_run_goes_on(
     assert continued.losses() == whole.losses()
 
 
-@pytest.mark.parametrize(("meanwhile", "at"), [("saving", 4), pytest.param("evaluating", 6, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize(("meanwhile", "at"), [("saving", 4), ("evaluating", 6)])
 def test_a_signal_while_saving_or_evaluating_waits_for_its_end(
     launch: Launch, shards: Path, meanwhile: str, at: int
 ) -> None:
@@ -142,7 +145,7 @@ def test_moments_pass_from_world_to_world_and_stage_to_stage(launch: Launch, sha
             assert (found[name] - value).norm() < 0.01 * value.norm(), name
 
 
-@pytest.mark.parametrize("victim", ["rank", "worker"])
+@pytest.mark.parametrize("victim", ["rank", pytest.param("worker", marks=pytest.mark.long)])
 def test_a_killed_process_ends_the_run_soon_and_the_rest_is_kept(launch: Launch, shards: Path, victim: str) -> None:
     struck: list[float] = []
 
@@ -164,6 +167,7 @@ def test_a_killed_process_ends_the_run_soon_and_the_rest_is_kept(launch: Launch,
     assert continued.returncode == 0 and f"at step {saved}" in continued.output, continued.output
 
 
+@pytest.mark.long
 def test_a_rank_that_stands_still_ends_the_run_with_the_stacks_of_all(launch: Launch, shards: Path) -> None:
     begin = time.monotonic()
     run = injected(launch, shards, "stall", "5:hang", "stall_minutes=0.05", "timeout_minutes=2.0")

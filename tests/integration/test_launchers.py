@@ -31,9 +31,8 @@ def deepspeed(host: int, port: int, directory: Path) -> list[str]:
     return [str(BIN / "deepspeed"), *place, f"--master_port={port}"]
 
 
-@pytest.mark.parametrize(
-    "launcher", [torchrun, *(pytest.param(launcher, marks=pytest.mark.long) for launcher in (rendezvous, deepspeed))]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("launcher", [torchrun, rendezvous, deepspeed])
 def test_two_hosts_train_as_one(
     launcher: Callable[[int, int, Path], list[str]], launch: Callable[..., Run], shards: Path, tmp_path: Path
 ) -> None:

@@ -182,7 +182,7 @@ def assert_whole(found: Run, undisturbed: Run) -> None:
 
 @pytest.mark.parametrize(
     "interruption",
-    [pytest.param(name, marks=[pytest.mark.long] * (name in ("killed_task", "time_limit"))) for name in INTERRUPTIONS],
+    [pytest.param(name, marks=[pytest.mark.long] * (name not in ("requeued", "preempted"))) for name in INTERRUPTIONS],
 )
 def test_an_interrupted_job_goes_on(interruption: str, played: dict[str, Future], undisturbed: Run) -> None:
     ended: Played = played[interruption].result()

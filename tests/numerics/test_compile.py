@@ -7,7 +7,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import swinv2_scale
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.long)], ids=str)
 def test_a_compiled_model_computes_the_same(dtype: torch.dtype) -> None:
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")

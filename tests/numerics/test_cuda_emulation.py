@@ -248,6 +248,7 @@ def test_memory_bounds(tmp_path) -> None:
     assert result.returncode == 0, result.stdout + result.stderr[:4000]
 
 
+@pytest.mark.long  # a minute of valgrind
 @pytest.mark.skipif(shutil.which("valgrind") is None, reason="valgrind is not installed")
 def test_no_result_depends_on_memory_that_was_not_written(tmp_path) -> None:
     program = check_program(tmp_path)
