@@ -11,8 +11,9 @@ weights and maps of 16 bits, float32 where it matters, float32 master weights; t
 "products" is the time of the model's matrix products alone: linear layers, and attention as PyTorch multiplies it.
 
 Every program is a process of its own, and they take steps in turn, round after round; the first two warm up. A cell is
-the median of the rest. Memory is the peak of the process above what it had before there was a model. A process that
-passes `--limit` GiB is stopped and shown with that limit: it cannot train there within it.
+the median of the rest. With `--alone` one program ends before the next begins, where memory does not hold all of them.
+Memory is the peak of the process above what it had before there was a model. A process that passes `--limit` GiB is
+stopped and shown with that limit: it cannot train there within it.
 """
 
 import argparse
@@ -285,14 +286,17 @@ def compare(case: Case, mode: str, kind: str, arguments: argparse.Namespace) -> 
     names = ["products", PROJECT, *[name for name in POLICIES if "block" in name and mode == "training"]]
     peers = [library for library in arguments.libraries if mode != "simmim" or library == "transformers"]
     names += peers + [f"{name}, compiled" for name in (PROJECT, *peers) if arguments.compile]
-    programs = [Program(name, case, mode, kind, arguments) for name in names]
-    try:
-        for _ in range(2 + arguments.rounds):
-            for program in programs:
-                program.step()
-    finally:
-        for program in programs:
-            program.close()
+    programs: list[Program] = []
+    for together in [[name] for name in names] if arguments.alone else [names]:
+        started = [Program(name, case, mode, kind, arguments) for name in together]
+        try:
+            for _ in range(2 + arguments.rounds):
+                for program in started:
+                    program.step()
+        finally:
+            for program in started:
+                program.close()
+        programs += started
     medians = {p.name: statistics.median(s for s, _ in p.results[2:]) for p in programs if not p.ended}
     for program in programs:
         cells = f"- | - | - | {program.ended}"
@@ -310,6 +314,7 @@ def main() -> None:
     parser.add_argument("--types", nargs="+", choices=["bf16", "fp32"], default=["bf16", "fp32"])
     parser.add_argument("--libraries", nargs="*", choices=LIBRARIES, default=LIBRARIES)
     parser.add_argument("--compile", action="store_true", help="also what torch.compile makes of them")
+    parser.add_argument("--alone", action="store_true", help="one program after the other, not in turn")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--limit", type=float, default=20.0, help="GiB that a process may take")
