@@ -13,6 +13,7 @@
 
 #include "cosine_window_attention_cpu.h"
 #include "instruction_sets.h"
+#include "partials.h"
 
 namespace cosine_window_attention {
 namespace {
@@ -131,19 +132,6 @@ std::tuple<Tensor, Tensor> forward(Tensor qkv, Tensor logit_scale, Tensor bias_t
   return {out, lse};
 }
 
-// The sum over chunks, in their order.
-template <class T>
-void add_partials(const Tensor& partials, Tensor& total, int64_t chunks) {
-  const T* from = static_cast<const T*>(partials.data_ptr());
-  T* to = static_cast<T*>(total.data_ptr());
-  const int64_t count = total.numel();
-  torch::stable::parallel_for(0, count, 1 << 12, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) to[i] = 0;
-    for (int64_t chunk = 0; chunk < chunks; ++chunk)
-      for (int64_t i = first; i < last; ++i) to[i] += from[chunk * count + i];
-  });
-}
-
 std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_out, Tensor qkv, Tensor logit_scale, Tensor bias_table, Tensor out,
                                             Tensor lse, std::vector<int64_t> window, std::vector<int64_t> shift,
                                             double mask_value) {
@@ -172,9 +160,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_out, Tensor qkv, Tensor 
   call.scale_partials = scale_partials.data_ptr(), call.bias_partials = bias_partials.data_ptr();
   const Kernel& kernel = kernel_for(qkv.scalar_type());
   run_tasks(call, kernel, kernel.backward);
-  const auto add = exact == ScalarType::Double ? add_partials<double> : add_partials<float>;
-  add(scale_partials, grad_scale, call.chunks);
-  add(bias_partials, grad_table, call.chunks);
+  partials::sum(scale_partials, grad_scale, call.chunks);
+  partials::sum(bias_partials, grad_table, call.chunks);
   return {grad_qkv, grad_scale, grad_table};
 }
 

@@ -10,6 +10,7 @@
 
 #include "block_cpu.h"
 #include "instruction_sets.h"
+#include "partials.h"
 
 namespace swinv2_block {
 namespace {
@@ -62,21 +63,10 @@ void over_chunks(int64_t chunks, auto work) {
   });
 }
 
-template <class T>
-void add(const Tensor& partials, Tensor& total, int64_t chunks) {
-  const T* from = static_cast<const T*>(partials.data_ptr());
-  T* to = static_cast<T*>(total.data_ptr());
-  const int64_t count = total.numel();
-  torch::stable::parallel_for(0, count, 1 << 12, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) to[i] = 0;
-    for (int64_t chunk = 0; chunk < chunks; ++chunk)
-      for (int64_t i = first; i < last; ++i) to[i] += from[chunk * count + i];
-  });
-}
 // The sum of every chunk's part, (chunks, *sizes) -> sizes.
-Tensor sum_of(const Tensor& partials, const std::vector<int64_t>& sizes, int64_t chunks) {
-  Tensor total = torch::stable::new_empty(partials, sizes);
-  (partials.scalar_type() == ScalarType::Double ? add<double> : add<float>)(partials, total, chunks);
+Tensor sum_of(const Tensor& parts, const std::vector<int64_t>& sizes, int64_t chunks) {
+  Tensor total = torch::stable::new_empty(parts, sizes);
+  partials::sum(parts, total, chunks);
   return total;
 }
 
