@@ -55,7 +55,8 @@ def results(function: Callable[..., Tensor], tensors: Sequence[Tensor]) -> list[
     out = function(*leaves)
     torch.manual_seed(1)
     wanted = [leaf for leaf in leaves if leaf.requires_grad]
-    return [out.detach(), *torch.autograd.grad(out, wanted, torch.randn_like(out))]
+    grad = torch.randn(out.shape).bfloat16().to(out.dtype)  # the same numbers in every type
+    return [out.detach(), *torch.autograd.grad(out, wanted, grad)]
 
 
 def error(found: Tensor, exact: Tensor) -> float:
