@@ -1,4 +1,4 @@
-"""The training engine: DeepSpeed, configured in one pure function. The only module that imports deepspeed.
+"""The training engine: DeepSpeed, configured in one pure function. With zero.py the only module that imports deepspeed.
 
 Precision. In bf16 and fp16 the large weights have 16 bits and everything that must stay exact (FLOAT32) is float32;
 ZeRO keeps float32 master weights and accumulates float32 gradients for both. The cast is ours, so DeepSpeed is told of
@@ -6,6 +6,7 @@ float32: its own bf16 mode would cast logit_scale and the position bias too, whi
 101.6. The loss scale of fp16 is ours for the same reason.
 """
 
+import ctypes
 import importlib
 import os
 import re
@@ -29,8 +30,9 @@ if not torch.cuda.is_available():
 
 import deepspeed
 from deepspeed.ops.adam import DeepSpeedCPUAdam
-from deepspeed.runtime.zero import stage3
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+from swinv2_scale.zero import flat_gradients, on_disk
 
 # DeepSpeed calls collectives that torch has since renamed, and torch says so from every rank.
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
@@ -151,11 +153,13 @@ class Engine:
         self._clip = ds_config["gradient_clipping"]
         if stage == 0:  # DeepSpeed would clip without telling the norm: `_examine` does it
             ds_config = {**ds_config, "gradient_clipping": 0.0}
+        if disk is None and distributed.device().type == "cpu":
+            _keep_freed_memory()
         self._names = {parameter: name for name, parameter in model.named_parameters()}
         self._disk = disk
         if ema_decay is not None and "nvme" in str(ds_config["zero_optimization"].get("offload_optimizer")):
             raise ValueError("optim.ema_decay is not kept with parallel.offload=nvme: set one of them to null")
-        with _states_on(disk):
+        with on_disk(disk), flat_gradients(stage == 1 and "offload_optimizer" not in ds_config["zero_optimization"]):
             self._deepspeed, *_ = deepspeed.initialize(
                 model=model, optimizer=make_optimizer(_one_type_each(groups, stage)), config=ds_config
             )
@@ -379,6 +383,7 @@ class Engine:
             self._deepspeed.optimizer._lazy_init_hp_params_optimizer_state()
 
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 AVERAGE = "ema"  # the exponential moving average of a parameter, kept among the optimiser's states
 # Per-parameter tensors that each optimiser keeps.
 STATES: dict[str, tuple[str, ...]] = {
@@ -426,34 +431,12 @@ def build_engine(
     return engine
 
 
-@contextmanager
-def _states_on(disk: MappedFile | None) -> Iterator[None]:
-    """Within it DeepSpeed makes a ZeRO 3 whose float32 master weights lie in a file."""
-    if disk is None:
-        yield
-        return
-    usual, file = stage3.DeepSpeedZeroOptimizer_Stage3, disk
-
-    class OnDisk(usual):  # type: ignore[valid-type,misc]
-        def _create_fp32_partitions(self) -> None:
-            for weights in self.fp16_partitioned_groups_flat:
-                # Those that train in float32 are their own master weights, as with DeepSpeed.
-                master: Any = weights if weights.dtype == torch.float32 else file.take(weights.numel())
-                master.ds_id = len(self.fp32_partitioned_groups_flat)
-                master.requires_grad = True
-                self.fp32_partitioned_groups_flat.append(master)
-            for group in self.optimizer.param_groups:
-                group["params"] = []  # the step puts its sub-groups there, one after the other
-
-        def _release_sub_group(self, *arguments: Any) -> None:
-            super()._release_sub_group(*arguments)
-            file.release()
-
-    stage3.DeepSpeedZeroOptimizer_Stage3 = OnDisk
-    try:
-        yield
-    finally:
-        stage3.DeepSpeedZeroOptimizer_Stage3 = usual
+def _keep_freed_memory() -> None:
+    """Have glibc keep what is freed of blocks below 64 MiB, for the next step asks for them again and pages that are
+    new cost a CPU up to a sixth of a step. MALLOC_… of the environment say otherwise."""
+    if not any(name.startswith("MALLOC_") for name in os.environ) and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(M_MMAP_THRESHOLD, 64 * 2**20)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _one_type_each(groups: list[dict[str, Any]], stage: int) -> list[dict[str, Any]]:
@@ -475,23 +458,3 @@ def _one_type_each(groups: list[dict[str, Any]], stage: int) -> list[dict[str, A
 def _whole(value: Tensor, parameter: nn.Parameter) -> Tensor:
     """A gathered value in its parameter's shape: a float32 copy on the CPU, which later steps leave alone."""
     return value.detach().reshape(getattr(parameter, "ds_shape", parameter.shape)).to("cpu", torch.float32, copy=True)
-
-
-class _Defragmented:
-    """ZeRO 3's one buffer of all parameters, as one for each of their types, which come one after the other."""
-
-    def __init__(self, tensors: list[Tensor]) -> None:
-        self._buffers = []
-        for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
-            self._buffers.append(_defragment([tensor for tensor in tensors if tensor.dtype == dtype]))
-
-    def narrow(self, dim: int, start: int, length: int) -> Tensor:
-        for buffer in self._buffers:
-            if start < buffer.numel():
-                return buffer.narrow(dim, start, length)
-            start -= buffer.numel()
-        raise IndexError(start)
-
-
-_defragment = stage3.defragment
-stage3.defragment = _Defragmented  # DeepSpeed's own asserts that there is one type

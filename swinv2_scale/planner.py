@@ -38,17 +38,17 @@ def state_bytes(
     """Bytes on each rank that last from step to step, and those of the step itself, by what they are for.
 
     weights     in their training type; ZeRO 3 divides them
-    gradients   accumulated in float32 or in the weights' type, which ZeRO 2 and 3 divide
+    gradients   summed in float32 or in the weights' type, which ZeRO 2 and 3 divide
     optimizer   float32 master weights and AdamW's two moments, and the average of the weights; ZeRO 1 to 3 divide them
-    step        the gradients of a rank's own part once more, in one piece, while the optimiser takes its step; under
-                ZeRO 3 of a sub-group of it. With offload "disk" also its states, while they are mapped
+    step        under ZeRO 2 and 3 the gradients of a rank's own part once more, in one piece, while the optimiser takes
+                its step; under ZeRO 3 of a sub-group of it. With offload "disk" also its states, while they are mapped
     host        what is offloaded to the host's memory: float32 gradients, and the optimiser's states unless on a disk
     Parameters that stay float32 at 16 bits (norms, biases of position, scales: 1 % of them) are counted as the others.
     """
     share = 1 / ranks
     low = 4 if precision == "fp32" else 2
     optimizer = parameters * ((12 if zero_stage else 8) + 4 * ema) * (share if zero_stage else 1)
-    stepped = min(parameters * share, sub_group_size) if zero_stage == 3 else parameters * share * (zero_stage > 0)
+    stepped = min(parameters * share, sub_group_size) if zero_stage == 3 else parameters * share * (zero_stage == 2)
     return {
         "weights": parameters * low * (share if zero_stage == 3 else 1),
         "gradients": parameters * (4 if accumulate == "fp32" else low) * (share if zero_stage >= 2 else 1),
@@ -154,9 +154,11 @@ def plan(
         offload=cfg.parallel.offload,
         sub_group_size=cfg.parallel.sub_group_size,
     )
-    lasting = 0.0  # later micro-batches add to what is there
-    if stage <= 1 and accumulation == 1:
+    lasting = 0.0  # of each gradient beyond its own backward; later micro-batches add to what is there
+    if stage <= 1 and accumulation == 1 and not (stage == 1 and device == "cpu"):  # which keeps the sums' memory
         lasting = 4.0 if cfg.parallel.accumulate == "fp32" else 2.0
+    if stage == 1:  # a rank's own sums are in one piece, those of others go as they are reduced
+        lasting *= 0.0 if cfg.parallel.overlap_comm else 1 - 1 / ranks
     found = activations(
         model,
         images=images,
@@ -172,8 +174,11 @@ def plan(
     batch = images * rows * columns * backbone.patch_embed.proj.in_channels * 4.0
     if not isinstance(model, SimMIM) and isinstance(backbone.head, nn.Linear):
         batch += images * backbone.head.out_features * 4.0
+    copied = states["weights"] * (stage in (1, 2) and device == "cpu" and ranks > 1)  # by gloo, which gathers them
     static = states["weights"] + states["optimizer"] + batch
-    waiting = 0.0 if lasting else states["gradients"]
+    waiting = 0.0 if stage == 0 and lasting else states["gradients"]
+    if stage == 1 and accumulation == 1 and device != "cpu":
+        waiting /= ranks
     flops = _flops(backbone, policy, rows, columns)
     return Plan(
         parameters=parameters,
@@ -196,7 +201,7 @@ def plan(
         host_bytes=found.host + states["host"],
         host_states_bytes=states["host"],
         backward_bytes=static + waiting + found.peak + buckets + gathered,
-        step_bytes=static + states["gradients"] + states["step"] + 2 * buckets,
+        step_bytes=static + states["gradients"] + states["step"] + 2 * buckets + copied,
         flops_per_step=cfg.global_batch * (3 * flops["all"] + flops["again"]),
         attention_flops=cfg.global_batch * (3 * flops["attention"] + flops["attention again"]),
         recomputed_flops=cfg.global_batch * flops["again"],
@@ -204,10 +209,13 @@ def plan(
 
 
 def _bucket_bytes(cfg: Any, parameters: int) -> float:
-    """A float32 bucket of gradients: it is filled, and while it is reduced there is a second one."""
-    if cfg.parallel.zero_stage == 0:
+    """A float32 bucket of gradients: it is filled, and while it is reduced there is a second one. ZeRO 1 has none
+    unless the sums are of another type, or are reduced during backward."""
+    settings = cfg.parallel
+    in_place = settings.zero_stage == 1 and not settings.offload and settings.accumulate == "fp32"
+    if settings.zero_stage == 0 or (in_place and not settings.overlap_comm):
         return 0.0
-    return 4.0 * min(cfg.parallel.reduce_bucket_size, parameters) * (1 + cfg.parallel.overlap_comm)
+    return 4.0 * min(settings.reduce_bucket_size, parameters) * (1 + settings.overlap_comm)
 
 
 def _gathered_bytes(cfg: Any, parameters: int) -> float:

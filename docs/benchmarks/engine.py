@@ -93,7 +93,8 @@ def memory() -> dict[str, float]:
     step(engine)
     parameters = sum(torch.Size(shape).numel() for _, shape in engine.shapes())
     planned = state_bytes(parameters, zero_stage=1, precision="bf16", ranks=distributed.world_size(), ema=False)
-    return {"measured": (resident(peak=True) - before) / GIB, "planned": (sum(planned.values()) + 8 * BUCKET) / GIB}
+    gathered = planned["weights"] * (distributed.world_size() > 1)  # gloo gathers them beside the old ones
+    return {"measured": (resident(peak=True) - before) / GIB, "planned": (sum(planned.values()) + gathered) / GIB}
 
 
 def guards() -> dict[str, float]:

@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from swinv2_scale.ops import native
 
 EPS = 1e-5  # of the norm
+BF16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()  # products of oneDNN
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -64,6 +65,9 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    if x.device.type == "cpu" and x.dtype == torch.bfloat16 and BF16:
+        # F.linear would first fill the output with the bias, and then add the product to it.
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     with torch.autocast(x.device.type, enabled=False):  # the types are chosen already
         return F.linear(x, weight, bias)
 

@@ -22,6 +22,7 @@ LAYERS = {
     "swinv2_scale.parallel": 2,
     "swinv2_scale.mapped": 2,
     "swinv2_scale.engine": 2,
+    "swinv2_scale.zero": 2,
     "swinv2_scale.optim": 2,
     "swinv2_scale.guard": 3,
     "swinv2_scale.profile": 3,
@@ -47,12 +48,12 @@ LAYERS = {
     "swinv2_scale": 6,
     "launch": 7,
 }
-# The only file that may import a library.
+# The only files that may import a library.
 HOMES = {
     "hydra": "swinv2_scale/config.py",
     "omegaconf": "swinv2_scale/config.py",
     "torch.distributed": "swinv2_scale/distributed.py",
-    "deepspeed": "swinv2_scale/engine.py",
+    "deepspeed": "swinv2_scale/engine.py swinv2_scale/zero.py",
     "wandb": "swinv2_scale/telemetry.py",
     "wandb_workspaces": "swinv2_scale/dashboard.py",
     "torch.utils.tensorboard": "swinv2_scale/telemetry.py",
@@ -105,7 +106,7 @@ def test_libraries_stay_in_their_file(path: Path) -> None:
     for name in imports(path):
         assert not any(inside(name, library) for library in NEVER), f"{path} imports {name}"
         for library, home in HOMES.items():
-            assert not inside(name, library) or str(path.relative_to(ROOT)) == home, (
+            assert not inside(name, library) or str(path.relative_to(ROOT)) in home.split(), (
                 f"{path} imports {name}: see {home}"
             )
 

@@ -21,7 +21,7 @@ def planned(*settings: str) -> plan_report.Planned:
 
 @pytest.mark.parametrize(
     ("zero_stage", "precision", "total"),
-    [(0, "fp32", 16), (1, "bf16", 2 + 4 + 4), (2, "bf16", 2 + 1 + 4), (3, "bf16", 5.5)],
+    [(0, "fp32", 16), (1, "bf16", 2 + 4 + 3), (2, "bf16", 2 + 1 + 4), (3, "bf16", 5.5)],
 )
 def test_bytes_per_parameter(zero_stage: int, precision: str, total: float) -> None:
     """Of four ranks; without sharding 4 weights + 4 gradients + 8 moments."""
