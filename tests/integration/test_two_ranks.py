@@ -164,7 +164,7 @@ def test_stages_agree(precision: str, found: dict) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "bound"), [("pieces during backward", 0.0), ("DeepSpeed's own", 1e-4), ("sums in bf16", 0.03)]
+    ("name", "bound"), [("pieces during backward", 0.0), ("DeepSpeed's own", 0.01), ("sums in bf16", 0.03)]
 )
 def test_flat_gradients_are_those_of_zero_1(name: str, bound: float, found: dict) -> None:
     """First moments of them. DeepSpeed adds the norm, by which gradients are clipped, in another order."""
