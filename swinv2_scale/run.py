@@ -91,7 +91,7 @@ def training(cfg: Any) -> None:
     run_dir = open_run_dir(cfg)
     telemetry = open_telemetry(cfg, steps, order.steps_per_epoch)
     # 3  model and engine, with the state of the newest checkpoint if there is one
-    check_kernel(cfg.memory.attention)
+    check_kernel(cfg.memory.attention, cfg.precision)
     telemetry.planned_gigabytes = say_plan(cfg, telemetry)
     identity = {"seed": cfg.seed, "global_batch": cfg.global_batch, **data.identity}
     identity |= {"optim.name": cfg.optim.name, "optim.ema_decay": cfg.optim.ema_decay}
@@ -309,12 +309,12 @@ def say_plan(cfg: Any, telemetry: Telemetry) -> float | None:
     return before + plan.peak_bytes / 1e9
 
 
-def check_kernel(attention: str) -> None:
+def check_kernel(attention: str, precision: str) -> None:
     """Refuse to train, on all ranks, where the kernel that memory.attention chooses fails on any. Collective."""
     device, problem = distributed.device(), ""
     if attention in ("auto", "kernel", device.type) and device.type not in native.missing:
         try:
-            selfcheck.check_kernel(device)
+            selfcheck.check_kernel(device, PRECISIONS[precision])
         except ValueError as error:
             problem = str(error)
     for rank, found in enumerate(distributed.gathered(problem)):

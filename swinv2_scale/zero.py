@@ -5,6 +5,7 @@ on_disk          ZeRO 3 whose float32 master weights lie in a file
 Defragmented     ZeRO 3 with weights of more than one type
 """
 
+import importlib
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -242,3 +243,19 @@ class Defragmented:
 
 _defragment = stage3.defragment
 stage3.defragment = Defragmented  # DeepSpeed's own asserts that there is one type
+
+
+def _import_muon() -> None:
+    """DeepSpeed imports the module of an optimiser that is never used here, and that compiles functions when it is
+    imported: which loads inductor, seconds of every start."""
+    usual = torch.compile
+    torch.compile = lambda *functions, **_: functions[0] if functions else lambda function: function  # type: ignore
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+    except ImportError:
+        pass  # a version without it
+    finally:
+        torch.compile = usual
+
+
+_import_muon()

@@ -66,14 +66,37 @@ def shape(model: str) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------ a step of each program
 
 
+def engine_of(cfg: Any, batch: int, compiled: bool = False) -> tuple[Any, Any]:
+    """The engine of a configuration on one rank under ZeRO 1, and its task."""
+    from swinv2_scale import config
+    from swinv2_scale.engine import build_engine, optimizer
+    from swinv2_scale.models import memory as policies
+    from swinv2_scale.optim import parameter_groups
+    from swinv2_scale.parallel import deepspeed_config
+
+    task = config.instantiate(cfg.task)
+    model = task.build(cfg.model).train()
+    policies.apply(model, **cfg.memory)
+    if compiled:
+        model.compile()
+    arithmetic = {"global_batch": batch, "micro_batch": batch, "world_size": 1}
+    adamw = {"zero_stage": 1, "offload": None, "betas": (0.9, 0.999), "eps": 1e-8}
+    engine = build_engine(
+        model,
+        parameter_groups(model, cfg.model.depths, weight_decay=0.05, layer_decay=None),
+        optimizer=optimizer("adamw", implementation="torch", **adamw),
+        precision=cfg.precision,
+        ds_config=deepspeed_config(**arithmetic, precision=cfg.precision, gradient_clip=5.0, **cfg.parallel),
+    )
+    return engine, task
+
+
 def project(name: str, case: Case, mode: str, kind: str) -> Callable[[], Tensor]:
     """A step of this project; in training through the engine, on one rank under ZeRO 1."""
     import swinv2_scale
     from swinv2_scale import config
-    from swinv2_scale.engine import build_engine, cast, optimizer
-    from swinv2_scale.models import memory as policies
-    from swinv2_scale.optim import parameter_groups
-    from swinv2_scale.parallel import PRECISIONS, deepspeed_config
+    from swinv2_scale.engine import cast
+    from swinv2_scale.parallel import PRECISIONS
 
     images = torch.randn(case.batch, 3, case.image, case.image)
     if mode == "inference":
@@ -85,20 +108,8 @@ def project(name: str, case: Case, mode: str, kind: str) -> Callable[[], Tensor]
     settings = [f"model={case.model}", f"model.image_size={case.image}", f"model.window_size={case.window}"]
     settings += [f"global_batch={case.batch}", f"micro_batch={case.batch}", f"precision={kind}", f"task={task}"]
     cfg = config.compose("pretrain", ["name=bench", "epochs=1", "data.train=none", *settings])
-    the_task = config.instantiate(cfg.task)
-    model = the_task.build(cfg.model).train()
-    policies.apply(model, **config.memory_policies()[POLICIES[name]])
-    if "compiled" in name:
-        model.compile()
-    arithmetic = {"global_batch": case.batch, "micro_batch": case.batch, "world_size": 1}
-    adamw = {"zero_stage": 1, "offload": None, "betas": (0.9, 0.999), "eps": 1e-8}
-    engine = build_engine(
-        model,
-        parameter_groups(model, cfg.model.depths, weight_decay=0.05, layer_decay=None),
-        optimizer=optimizer("adamw", implementation="torch", **adamw),
-        precision=kind,
-        ds_config=deepspeed_config(**arithmetic, precision=kind, gradient_clip=5.0, **cfg.parallel),
-    )
+    cfg.memory = config.memory_policies()[POLICIES[name]]
+    engine, the_task = engine_of(cfg, case.batch, compiled="compiled" in name)
     batch = {"image": images, "target": torch.randn(case.batch, CLASSES).softmax(1)}
     if mode == "simmim":
         batch["mask"] = (torch.rand(case.batch, *[case.image // 4] * 2) > 0.6).float()

@@ -223,10 +223,10 @@ def scale_noise(case: Case, draws: Sequence[Draw]) -> float:
     return math.sqrt(float((torch.stack(squares) * slope.square()).mean()) / case.width)
 
 
-def checks(case: Case, device: torch.device) -> list[Check]:
-    """All checks of a case, in all types that the kernel of the device takes; a kernel that raises has failed."""
+def checks(case: Case, device: torch.device, types: Sequence[torch.dtype] | None = None) -> list[Check]:
+    """All checks of a case, in `types` or all that the kernel of the device takes; a kernel that raises has failed."""
     found: list[Check] = []
-    for dtype in dtypes(device):
+    for dtype in types or dtypes(device):
         try:
             found += compare(case, draws_of(case, dtype, device))
         except RuntimeError as error:
@@ -234,13 +234,13 @@ def checks(case: Case, device: torch.device) -> list[Check]:
     return found
 
 
-def check_kernel(device: torch.device) -> None:
-    """The short form, before the kernel of a device is trusted with a training run.
+def check_kernel(device: torch.device, dtype: torch.dtype | None = None) -> None:
+    """The short form, before the kernel of a device is trusted with a training run, which is of one type.
 
     Raises ValueError that names case, type, tensor, error, budget and the remedy.
     """
     for case in short():
-        for check in checks(case, device):
+        for check in checks(case, device, None if dtype is None else [dtype]):
             if not check.passed:
                 raise ValueError(f"the {device.type} attention kernel fails its self-check at {check}. {REMEDY}")
 

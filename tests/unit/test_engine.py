@@ -439,3 +439,9 @@ def assert_equal_runs(first: Engine, second: Engine) -> None:
     expected = dict(second.parameters()) | dict(second.optimizer_state())
     for name, value in [*first.parameters(), *first.optimizer_state()]:
         assert torch.equal(value, expected[name]), name
+
+
+def test_muon_is_not_compiled_when_it_is_imported() -> None:
+    """torch.compile would load inductor at every start."""
+    muon = pytest.importorskip("deepspeed.runtime.zero.muon.original_muon")
+    assert not hasattr(muon.zeropower_via_newtonschulz5, "_torchdynamo_orig_callable")

@@ -65,14 +65,14 @@ def test_changed_settings_are_told(tmp_path: Path) -> None:
 @pytest.mark.skipif("cpu" in native.missing, reason=native.missing.get("cpu", ""))
 def test_training_refuses_a_kernel_that_fails_unless_it_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distributed, "device", lambda: torch.device("cpu"))
-    check_kernel("auto")
+    check_kernel("auto", "bf16")
     right = native.cosine_window_attention
     monkeypatch.setattr(native, "cosine_window_attention", lambda *inputs: 1.1 * right(*inputs))
     for attention in ("auto", "cpu"):
         with pytest.raises(ValueError, match=r"rank 0: the cpu attention kernel fails .* memory\.attention=reference"):
-            check_kernel(attention)
+            check_kernel(attention, "bf16")
     for attention in ("reference", "sequential"):
         assert attention in selfcheck.REMEDY
-        check_kernel(attention)
+        check_kernel(attention, "bf16")
     monkeypatch.setitem(native.missing, "cpu", "it is not built")
-    check_kernel("auto")
+    check_kernel("auto", "bf16")
