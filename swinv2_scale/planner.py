@@ -154,11 +154,9 @@ def plan(
         offload=cfg.parallel.offload,
         sub_group_size=cfg.parallel.sub_group_size,
     )
-    lasting = 0.0  # of each gradient beyond its own backward; later micro-batches add to what is there
-    if stage <= 1 and accumulation == 1 and not (stage == 1 and device == "cpu"):  # which keeps the sums' memory
+    lasting = 0.0  # of each gradient beyond its own backward
+    if stage == 0 and accumulation == 1:  # later micro-batches add to what is there
         lasting = 4.0 if cfg.parallel.accumulate == "fp32" else 2.0
-    if stage == 1:  # a rank's own sums are in one piece, those of others go as they are reduced
-        lasting *= 0.0 if cfg.parallel.overlap_comm else 1 - 1 / ranks
     found = activations(
         model,
         images=images,
@@ -176,9 +174,9 @@ def plan(
         batch += images * backbone.head.out_features * 4.0
     copied = states["weights"] * (stage in (1, 2) and device == "cpu" and ranks > 1)  # by gloo, which gathers them
     static = states["weights"] + states["optimizer"] + batch
-    waiting = 0.0 if stage == 0 and lasting else states["gradients"]
-    if stage == 1 and accumulation == 1 and device != "cpu":
-        waiting /= ranks
+    waiting = 0.0 if lasting else states["gradients"]
+    if stage == 1 and accumulation == 1 and cfg.parallel.overlap_comm and device != "cpu":
+        waiting /= ranks  # those of other ranks go as they are reduced
     flops = _flops(backbone, policy, rows, columns)
     return Plan(
         parameters=parameters,

@@ -50,7 +50,8 @@ class FlatGradients(deepspeed.runtime.engine.DeepSpeedZeroOptimizer):
     adds, divides and scales them on the way: 100 bytes of memory traffic a parameter, of which AdamW's are 28. Here
     backward adds a gradient to the sums of its piece of the weights; a piece is summed over ranks into its owner's,
     with overlap_comm as soon as it is complete; and the optimiser reads the pieces of its rank where they lie, one
-    after the other in one buffer: 44 bytes.
+    after the other in one buffer: 44 bytes. Without overlap_comm a GPU's piece is the whole group, and a reduce-scatter
+    sums it; in any case half of what DeepSpeed's all-reduce sends.
     """
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:
@@ -61,13 +62,21 @@ class FlatGradients(deepspeed.runtime.engine.DeepSpeedZeroOptimizer):
         self._own: dict[int, Tensor] = {}  # the sums of this rank's pieces, by group
         self._summed: set[nn.Parameter] = set()  # have a gradient in this step
         self._reducing: list[tuple[Any, Tensor]] = []
+        self._divide()
+
+    def _divide(self) -> None:
+        """Divide the weights of each group into pieces."""
+        self._scatters = not (self._on_cpu or self.overlap_comm) and self.gradient_accumulation_dtype == torch.float32
         self._pieces: list[Piece] = []
         self._pieces_of: dict[nn.Parameter, list[Piece]] = defaultdict(list)
         for group, parameters in enumerate(self.bit16_groups):
             size, most = int(self.partition_size[group]), int(self.reduce_bucket_size)
-            for begin in (own + b for own in range(0, size * self._world, size) for b in range(0, size, most)):
-                owner = begin // size
-                piece = Piece(group, owner, begin, min(begin + most, (owner + 1) * size), 0, 0)
+            pieces = [
+                Piece(group, owner, owner * size + begin, owner * size + min(begin + most, size), 0, 0)
+                for owner in range(self._world)
+                for begin in range(0, size, most)
+            ]
+            for piece in [Piece(group, self._rank, 0, self._world * size, 0, 0)] if self._scatters else pieces:
                 for parameter in parameters:
                     start = parameter.data.storage_offset()
                     if piece.begin < start + parameter.numel() and start < piece.end:
@@ -147,7 +156,10 @@ class FlatGradients(deepspeed.runtime.engine.DeepSpeedZeroOptimizer):
         if piece.sums is None:
             weights, size = self.bit16_groups_flat[piece.group], int(self.partition_size[piece.group])
             dtype = torch.promote_types(weights.dtype, self.gradient_accumulation_dtype)
-            if piece.owner == self._rank:
+            if self._scatters:
+                piece.sums = weights.new_empty(len(weights), dtype=dtype)
+                self._own[piece.group] = piece.sums.narrow(0, self._rank * size, size)
+            elif piece.owner == self._rank:
                 if piece.group not in self._own:
                     self._own[piece.group] = weights.new_empty(size, dtype=dtype)
                 begin = piece.begin - self._rank * size
@@ -165,6 +177,9 @@ class FlatGradients(deepspeed.runtime.engine.DeepSpeedZeroOptimizer):
             return
         self._reducing = [one for one in self._reducing if not one[0].is_completed()]  # and so give back their memory
         sums = self._memory(piece)
+        if self._scatters:
+            dist.reduce_scatter_fn(self._own[piece.group], sums, group=self.dp_process_group)
+            return
         exchanged = sums.float()
         owner = dist.get_global_rank(self.dp_process_group, piece.owner)
         work = dist.reduce(exchanged, owner, group=self.dp_process_group, async_op=True)

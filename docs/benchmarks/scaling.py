@@ -78,10 +78,9 @@ def step_seconds(
 ) -> dict[str, float]:
     """Seconds of a step under ZeRO 1 by part; "communication" is what the others do not hide.
 
-    DeepSpeed all-reduces gradients in float32, bucket by bucket (with `reduce_scatter: true` too, see docs/scaling.md),
-    and all-gathers bfloat16 weights after the optimiser's step. With `overlap`, buckets are reduced while backward goes
-    on, except the last one. Parameters that stay float32 (1 %) are counted as the others. reached: the share of
-    bf16_peak; bucket: elements, parallel.reduce_bucket_size.
+    Gradients are reduced to their owners in float32, and bfloat16 weights all-gathered after the optimiser's step. With
+    `overlap`, buckets are reduced while backward goes on, except the last one. Parameters that stay float32 (1 %) are
+    counted as the others. reached: the share of bf16_peak; bucket: elements, parallel.reduce_bucket_size.
     """
     forward = job.images * job.flops_per_image / (machine.bf16_peak * (reached or COMPUTE[machine.name]))
     backward = (3 if job.recompute else 2) * forward
@@ -89,7 +88,7 @@ def step_seconds(
     # moments read, the three written in float32 and the weights in bfloat16.
     optimiser = job.parameters * (10 + 30 / gpus) / (machine.memory * MEMORY)
     buckets = -(-job.parameters // bucket)
-    reduce = buckets * collective_seconds(4 * job.parameters / buckets, gpus, machine, passes=2)
+    reduce = buckets * collective_seconds(4 * job.parameters / buckets, gpus, machine, passes=1)
     gather = job.groups * collective_seconds(2 * job.parameters / job.groups, gpus, machine, passes=1)
     early = 1 - 1 / buckets  # the share of buckets that are full before backward ends
     hidden = min(reduce * early, backward * early) if overlap else 0.0
@@ -193,7 +192,7 @@ class Counted:
 
 def measure() -> dict[str, float]:
     """Of steps of the engine as conf/ sets it (ZeRO 1, bfloat16): seconds, those in collectives, bytes a parameter."""
-    calls = {name: Counted(name) for name in ("all_reduce", "all_gather_into_tensor")}
+    calls = {name: Counted(name) for name in ("reduce", "all_reduce", "all_gather_into_tensor")}
     torch.manual_seed(0)
     model = swinv2_scale.create_model(SIZE, image_size=SIDE, window_size=8, num_classes=CLASSES)
     ranks = distributed.world_size()

@@ -28,6 +28,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "flat": {},
     "pieces during backward": {"reduce_bucket_size": 1000, "overlap_comm": True},
     "sums in bf16": {"accumulate": "bf16", "reduce_bucket_size": 1000},
+    "scattered, as on a GPU": {},
     "DeepSpeed's own": {},
 }
 FAULTS = {"nan": math.nan, "inf": math.inf, "zero": 0.0}
@@ -113,6 +114,10 @@ def variant(name: str) -> dict[str, torch.Tensor]:
         engine_module.flat_gradients = lambda used: nullcontext()  # type: ignore[assignment]
     engine = build(1, "bf16", unused=True, **VARIANTS[name])
     engine_module.flat_gradients = usual
+    if name == "scattered, as on a GPU":
+        zero = engine._deepspeed.optimizer
+        zero._on_cpu = False
+        zero._divide()
     for step in range(3):
         engine.step(batches(step), loss, 1e-3)
     return states(engine)
@@ -164,7 +169,13 @@ def test_stages_agree(precision: str, found: dict) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "bound"), [("pieces during backward", 0.0), ("DeepSpeed's own", 0.01), ("sums in bf16", 0.03)]
+    ("name", "bound"),
+    [
+        ("pieces during backward", 0.0),
+        ("scattered, as on a GPU", 0.0),
+        ("DeepSpeed's own", 0.01),
+        ("sums in bf16", 0.03),
+    ],
 )
 def test_flat_gradients_are_those_of_zero_1(name: str, bound: float, found: dict) -> None:
     """First moments of them. DeepSpeed adds the norm, by which gradients are clipped, in another order."""
