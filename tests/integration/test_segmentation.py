@@ -37,6 +37,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         "optim.lr=1e-2",
         "workers=0",
         "precision=fp32",
+        "optim.ema_decay=0.9",
     ]
 
 
@@ -50,7 +51,7 @@ def test_training_learns_resumes_on_other_ranks_and_is_evaluated(tmp_path: Path,
     assert held_out["loss"] < 2.3 and held_out["pixel_accuracy"] > 0.7  # log 11 = 2.4
     weights = first.weights()
     variances = {name: value for name, value in weights.items() if name.endswith("running_var")}
-    assert len(variances) == 13 and all((value != 1).any() for value in variances.values())
+    assert len(variances) == 2 * 13 and all((value != 1).any() for value in variances.values())
     # From its checkpoint of step 12, on two ranks: batch norm sees the same images, and the same statistics go on.
     shutil.copytree(first.directory, tmp_path / "second")
     shutil.rmtree(tmp_path / f"second/checkpoints/step_{STEPS:08d}")
