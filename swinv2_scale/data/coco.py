@@ -26,7 +26,10 @@ Result = dict[str, Any]
 
 _KINDS = {"box": "bbox", "mask": "segm"}
 # What COCOeval.summarize prints, in its order.
-_STATISTICS = tuple("ap ap50 ap75 ap_small ap_medium ap_large ar1 ar10 ar100 ar_small ar_medium ar_large".split())
+_STATISTICS = (
+    *("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large"),
+    *("ar1", "ar10", "ar100", "ar_small", "ar_medium", "ar_large"),
+)
 _SHORTEST_POLYGON = 6  # numbers: three points. pycocotools would take four numbers for a box
 
 
@@ -79,10 +82,7 @@ def _records(content: dict[str, Any], labels: dict[int, int], path: Path) -> lis
 
 
 def check_annotation(annotation: dict[str, Any], rows: int, columns: int, place: str) -> None:
-    """Raises ValueError, naming `place` and the annotation's id, for a box or a segmentation that cannot be one.
-
-    Compressed RLE is looked at no closer than its size; `run_lengths` decodes it.
-    """
+    """Raises ValueError, naming `place` and the annotation's id, for a box or a segmentation that cannot be one."""
     where = f"{place}: annotation {annotation.get('id')}"
     box = annotation.get("bbox")
     if not (isinstance(box, list) and len(box) == 4 and all(_is_finite(value) for value in box)):
@@ -102,18 +102,41 @@ def check_annotation(annotation: dict[str, Any], rows: int, columns: int, place:
             f"{where} has RLE of size {segmentation['size']} and its image has {rows} rows and {columns} columns; "
             "masks must be drawn at the size of the image: convert them, or correct the image's width and height"
         )
-    counts = segmentation["counts"]
-    if isinstance(counts, list) and sum(counts) != rows * columns:
+    try:
+        runs = segmentation["counts"]
+        runs = _runs(runs) if isinstance(runs, str) else [int(run) for run in runs]
+    except (IndexError, TypeError, ValueError) as error:
+        raise ValueError(f"{where} has RLE whose counts do not decode ({error}); they are damaged") from error
+    if sum(runs) != rows * columns or min(runs, default=0) < 0:
         raise ValueError(
-            f"{where} has RLE of {sum(counts)} pixels and its image has {rows * columns}; the counts are damaged"
+            f"{where} has RLE of {sum(runs)} pixels and its image has {rows * columns}; the counts are damaged"
         )
+
+
+def _runs(counts: str) -> list[int]:
+    """The runs that a string of COCO's compressed RLE stands for.
+
+    A number is written in groups of 5 bits, the lowest first, each plus 48 as a character, plus 32 if another follows;
+    bit 16 of the last is the sign. From the third run on it is the difference to the last run but one.
+    """
+    runs: list[int] = []
+    place = 0
+    while place < len(counts):
+        value, shift, more = 0, 0, True
+        while more:
+            group = ord(counts[place]) - 48
+            value |= (group & 31) << shift
+            place, shift, more = place + 1, shift + 5, bool(group & 32)
+        if group & 16:
+            value -= 1 << shift
+        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+    return runs
 
 
 def run_lengths(annotation: dict[str, Any], rows: int, columns: int, place: str) -> dict[str, Any] | None:
     """An annotation's segmentation as compressed RLE of its image, or None where it has none.
 
-    Polygons of fewer than three points enclose nothing and are left out. Raises ValueError as check_annotation does,
-    and for compressed RLE that does not decode.
+    Polygons of fewer than three points enclose nothing and are left out. Raises ValueError as check_annotation does.
     """
     check_annotation(annotation, rows, columns, place)
     segmentation = annotation.get("segmentation") or []
@@ -123,12 +146,6 @@ def run_lengths(annotation: dict[str, Any], rows: int, columns: int, place: str)
         return rle_code.merge(rle_code.frPyObjects(polygons, rows, columns)) if polygons else None
     if isinstance(segmentation["counts"], list):
         return rle_code.frPyObjects(segmentation, rows, columns)
-    try:
-        rle_code.decode(segmentation)
-    except (ValueError, TypeError) as error:
-        raise ValueError(
-            f"{place}: annotation {annotation.get('id')} has RLE that does not decode ({error}); it is damaged"
-        ) from error
     return segmentation
 
 
