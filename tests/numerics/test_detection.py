@@ -114,6 +114,8 @@ def slowly_assigned(box: list[float], objects: Any, crowd: Any, threshold: float
 def test_assignment(objects, crowds):
     boxes = torch.cat([random_boxes(200, 0), random_boxes(objects, 1)])
     target = {"boxes": random_boxes(objects, 1), "crowd": random_boxes(crowds, 2)}
+    if crowds:  # an object of its own, among many
+        target["crowd"] = torch.cat([target["crowd"], target["boxes"][:1]])
     found = assign(boxes, target, iou_threshold=0.4, crowd_overlap=0.5).tolist()
     slow = [
         slowly_assigned(box, target["boxes"].tolist(), target["crowd"].tolist(), 0.4, 0.5) for box in boxes.tolist()
