@@ -343,6 +343,7 @@ def open_stream(cfg: Any, task: Task, data: Mixture, order: Order, start: int, s
         start_step=start,
         stop_step=stop,
         max_corrupt_share=cfg.max_corrupt_share,
+        open_sample=task.open_sample,
     )
 
 
@@ -388,6 +389,7 @@ def open_held_out(cfg: Any, task: Task) -> tuple[Stream, Manifest] | None:
         world_size=distributed.world_size(),
         workers=cfg.workers,
         max_corrupt_share=cfg.max_corrupt_share,
+        open_sample=task.open_sample,
     )
     return stream, manifest
 

@@ -24,11 +24,13 @@ class Inferred:
     """Constructor arguments of SwinTransformerV2 that a file determines, and those that it leaves open, and why.
 
     `pretrained_windows`: per stage, the window in whose units the file's position bias measures; None if not known.
+    `map_classes`: of the classifier of pixels behind the model (models/upernet.py); 0 without one.
     """
 
     arguments: dict[str, Any]
     pretrained_windows: list[list[int]] | None = None
     ambiguous: dict[str, str] = field(default_factory=dict)
+    map_classes: int = 0
 
 
 def infer(released: Mapping[str, Tensor], raw: Mapping[str, Tensor]) -> Inferred:
@@ -55,6 +57,8 @@ def infer(released: Mapping[str, Tensor], raw: Mapping[str, Tensor]) -> Inferred
         "num_classes": len(tensors["head.weight"]) if "head.weight" in tensors else 0,
     }
     found = Inferred(arguments)
+    if "decoder.classifier.weight" in tensors:
+        found.map_classes = len(tensors["decoder.classifier.weight"])
     _add_windows(found, raw)
     if "absolute_pos_embed" in tensors:
         side = math.isqrt(tensors["absolute_pos_embed"].shape[1])
