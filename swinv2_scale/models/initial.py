@@ -23,9 +23,9 @@ SCHEMES = ("released", "research")
 #   relu fan, fan   of detectors: variance 2 / inputs in front of a ReLU, 1 / inputs elsewhere
 #   small        of detectors: standard deviation 0.001, so that boxes start where they are proposed
 INITIAL = (
-    (r"^neck\..*\.weight$", "fan"),
-    (r"^(rpn|box_heads)\..*\.?(bbox_pred|deltas)\.weight$", "small"),
-    (r"^(rpn|box_heads|mask_heads|semantic_head)\..*(conv(\.0\.0)?|larger|features)\.weight$", "relu fan"),
+    (r"^decoder\.neck\..*\.weight$", "fan"),
+    (r"^decoder\.(rpn|box_heads)\..*\.?(bbox_pred|deltas)\.weight$", "small"),
+    (r"^decoder\.(rpn|box_heads|mask_heads|semantic_head)\..*(conv(\.0\.0)?|larger|features)\.weight$", "relu fan"),
     (r"\.logit_scale$", "log 10"),
     (r"\.norm[12]\.(weight|bias)$", "block norm"),
     (r"(^|\.)\w*norm\.(weight|running_var)$", "one"),

@@ -102,7 +102,7 @@ class Detection:
         for own, size, record in zip(found, batch["size"], batch["record"], strict=True):
             if record["image_id"] not in self._seen:
                 self._seen[record["image_id"]] = (record, as_results(own, size, record))
-        self._masks = bool(model.mask_heads)
+        self._masks = bool(model.decoder.mask_heads)
         return {}
 
     def derived(self, tallies: dict[str, Tensor]) -> dict[str, float]:

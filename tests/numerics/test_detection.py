@@ -9,10 +9,12 @@ import torch
 import torch.nn.functional as F
 from tiny_detector import batch, detector, scene
 from torch import Tensor
+from torchvision.models.detection.image_list import ImageList
 
 from swinv2_scale.models.detection import cascade
 from swinv2_scale.models.detection.heads import MaskHead, last_mask_logits, mask_logits
 from swinv2_scale.models.detection.matching import BACKGROUND, IGNORED, UNDECIDED, Sample, assign, on_crowd, reassign
+from swinv2_scale.models.detection.parts import STRIDES
 from swinv2_scale.models.detection.suppression import METHODS, soft_nms
 from swinv2_scale.models.detection.views import pad, view
 
@@ -173,7 +175,7 @@ def test_boxes_are_assigned_anew_from_stage_to_stage(monkeypatch):
     proposals = [torch.cat([own, random_boxes(40, 5)]).clamp(0, 64) for own in near]
     monkeypatch.setattr(cascade.CascadeRCNN, "_samples", samples)
     monkeypatch.setattr(model, "_box_answers", answers)
-    monkeypatch.setattr(model.rpn, "forward", lambda *_: (proposals, {}))
+    monkeypatch.setattr(model.decoder.rpn, "forward", lambda *_: (proposals, {}))
     model(images.double(), sizes, targets)
     assert [name for name, _ in seen] == [f"stage {stage}" for stage in (0, 0, 1, 1, 2, 2)]  # boxes, then masks
 
@@ -326,8 +328,8 @@ def test_anchors_on_crowd_regions_are_no_background():
     model = detector()
     anchors = [random_boxes(300, 0).float()]
     target = {"boxes": random_boxes(2, 1).float(), "crowd": torch.tensor([[0.0, 0, 32, 64]])}
-    (without,), _ = model.rpn.assign_targets_to_anchors(anchors, [{**target, "crowd": torch.zeros(0, 4)}])
-    (found,), _ = model.rpn.assign_targets_to_anchors(anchors, [target])
+    (without,), _ = model.decoder.rpn.assign_targets_to_anchors(anchors, [{**target, "crowd": torch.zeros(0, 4)}])
+    (found,), _ = model.decoder.rpn.assign_targets_to_anchors(anchors, [target])
     for label, before, box in zip(found.tolist(), without.tolist(), anchors[0].tolist(), strict=True):
         crowded = overlap_of(box, [0, 0, 32, 64], of_first=True) >= 0.5
         assert label == (-1 if crowded and before == 0 else before)
@@ -386,7 +388,8 @@ def test_parts_can_be_left_out():
     images, sizes, targets = batch()
     plain = detector(mask_information_flow=False, semantic_classes=0, global_attention=False)
     assert not any(
-        ("previous" in name) or name.startswith(("semantic", "attention")) for name, _ in plain.named_parameters()
+        ("previous" in name) or name.startswith(("decoder.semantic", "decoder.attention"))
+        for name, _ in plain.named_parameters()
     )
     assert "semantic" not in plain.train()(images, sizes, targets)
     boxes = detector(iou_thresholds=[0.5], box_stds=[0.1], stage_weights=[1], masks=False, mask_information_flow=False)
@@ -411,16 +414,16 @@ def test_the_weights_of_stages_and_of_the_semantic_branch():
 def test_the_extra_attention_is_global():
     model = detector().eval()
     x = torch.randn(1, 3, 5, 256, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    assert model.attention is not None
-    model.attention(x)[0, 0, 0].sum().backward()
+    assert model.decoder.attention is not None
+    model.decoder.attention(x)[0, 0, 0].sum().backward()
     assert (x.grad.abs().sum(dim=3) > 0).all()
 
 
 def test_anchors_lie_where_the_maps_look():
     model = detector()
     images = torch.zeros(1, 3, 96, 160)
-    maps = [torch.zeros(1, 1, -(-96 // s), -(-160 // s)) for s in cascade.STRIDES]
-    (anchors,) = model.rpn.anchor_generator(cascade.ImageList(images, [(96, 160)]), maps)
+    maps = [torch.zeros(1, 1, -(-96 // s), -(-160 // s)) for s in STRIDES]
+    (anchors,) = model.decoder.rpn.anchor_generator(ImageList(images, [(96, 160)]), maps)
     centres = (anchors[:, :2] + anchors[:, 2:]) / 2
     last = centres[-2 * 3 * 3 :].reshape(2, 3, 3, 2)  # rows, columns, ratios
     assert last[:, :, 0].tolist() == [[[0, 0], [64, 0], [128, 0]], [[0, 64], [64, 64], [128, 64]]]

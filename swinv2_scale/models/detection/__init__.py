@@ -1,6 +1,7 @@
 """Object detection and instance segmentation: Cascade Mask R-CNN and HTC++ on torchvision's parts.
 
     cascade.py     the detector: backbone, pyramid, proposals, stages; its losses and its detections
+    parts.py       what it has beside the backbone
     heads.py       box, mask and semantic heads
     matching.py    which box is which object: assignment, crowd regions, refinement from stage to stage
     suppression.py soft-NMS

@@ -16,16 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection._utils import BoxCoder
-from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import project_masks_on_boxes
-from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, clip_boxes_to_image
-from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+from torchvision.ops import clip_boxes_to_image
 
 from swinv2_scale.models.detection.heads import (
-    BoxHead,
     MaskHead,
-    ProposalHead,
     SemanticHead,
     exact,
     last_mask_logits,
@@ -33,20 +29,17 @@ from swinv2_scale.models.detection.heads import (
 )
 from swinv2_scale.models.detection.matching import (
     IGNORED,
-    ProposalNetwork,
     Sample,
     Target,
     reassign,
     refined,
 )
+from swinv2_scale.models.detection.parts import BOX_SIDE, MASK_SIDE, STRIDES, Decoder
 from swinv2_scale.models.detection.suppression import METHODS, soft_nms
 from swinv2_scale.models.detection.views import DIVISOR, Size, View, view
 from swinv2_scale.models.initial import initial_values
-from swinv2_scale.models.swin_v2 import Block, LayerNorm, SwinTransformerV2
+from swinv2_scale.models.swin_v2 import SwinTransformerV2
 
-BOX_SIDE, MASK_SIDE = 7, 14  # of what RoIAlign cuts out
-STRIDES = (4, 8, 16, 32, 64)
-RATIOS = (0.5, 1.0, 2.0)  # height / width of anchors
 SMALLEST = 1e-3  # pixels of a detection's side
 
 
@@ -58,30 +51,6 @@ class Detections(NamedTuple):
     scores: Tensor
     labels: Tensor
     masks: Tensor | None
-
-
-class Anchors(AnchorGenerator):
-    """torchvision's, with the true strides: it divides sizes, which is wrong where the coarsest map is rounded up."""
-
-    def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
-        """Anchors (A, 4) of each image, over all maps."""
-        first = feature_maps[0]
-        self.set_cell_anchors(first.dtype, first.device)
-        strides = [[torch.full((), stride, device=first.device)] * 2 for stride in STRIDES]
-        anchors = torch.cat(self.grid_anchors([list(one.shape[2:]) for one in feature_maps], strides))
-        return [anchors] * len(image_list.image_sizes)
-
-
-class StageOutput(nn.Module):
-    """Normalises a backbone's map and brings its channels forward."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.norm = LayerNorm(channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, Y, X, C) -> (B, C, Y, X)"""
-        return self.norm(x).permute(0, 3, 1, 2)
 
 
 class Pyramid(NamedTuple):
@@ -170,53 +139,23 @@ class CascadeRCNN(nn.Module):
         self.score_threshold, self.detections = score_threshold, detections
         self.coders = [BoxCoder((1 / s, 1 / s, 0.5 / s, 0.5 / s)) for s in box_stds]
 
-        self.attention = None
-        if global_attention:
-            last = encoder.blocks()[-1][-1]
-            self.attention = Block(
-                encoder.widths[-1],
-                last.attn.num_heads,
-                window=[1 << 20, 1 << 20],  # which shrinks to the map
-                shifted=False,
-                reference=[-(-side // 8) for side in encoder.absolute_grid],
-                mlp_ratio=last.mlp.fc1.out_features / encoder.widths[-1],
-                drop_path_rate=0.0,
-                extra_norm=False,
-                position_bias="log",
-            )
-        self.outputs = nn.ModuleList(StageOutput(width) for width in encoder.widths[:-1])
-        self.neck = FeaturePyramidNetwork(encoder.widths, channels, LastLevelMaxPool())
-        self.rpn = ProposalNetwork(
-            Anchors(tuple((size,) for size in anchor_sizes), (RATIOS,) * len(STRIDES)),
-            ProposalHead(channels, len(RATIOS)),
-            fg_iou_thresh=0.7,
-            bg_iou_thresh=0.3,
-            batch_size_per_image=256,
-            positive_fraction=0.5,
-            pre_nms_top_n={"training": 2 * proposals, "testing": proposals},  # of each map
-            post_nms_top_n={"training": proposals, "testing": proposals},
-            nms_thresh=0.7,
+        self.decoder = Decoder(
+            encoder,
+            num_classes=num_classes,
+            stages=stages,
+            masks=masks,
+            mask_information_flow=mask_information_flow,
+            semantic_classes=semantic_classes,
+            global_attention=global_attention,
+            channels=channels,
+            box_convolutions=box_convolutions,
+            box_features=box_features,
+            mask_convolutions=mask_convolutions,
+            semantic_convolutions=semantic_convolutions,
+            anchor_sizes=anchor_sizes,
+            proposals=proposals,
+            crowd_overlap=crowd_overlap,
         )
-        self.rpn.crowd_overlap = crowd_overlap
-        names = [str(number) for number in range(4)]
-        self.box_pool = MultiScaleRoIAlign(names, BOX_SIDE, 2)
-        self.mask_pool = MultiScaleRoIAlign(names, MASK_SIDE, 2)
-        self.semantic_pool = MultiScaleRoIAlign(["semantic"], MASK_SIDE, 2)
-        box_head = {"convolutions": box_convolutions, "features": box_features, "side": BOX_SIDE}
-        self.box_heads = nn.ModuleList(BoxHead(channels, num_classes=num_classes, **box_head) for _ in range(stages))
-        self.mask_heads = nn.ModuleList(
-            MaskHead(
-                channels,
-                convolutions=mask_convolutions,
-                num_classes=num_classes,
-                follows=mask_information_flow and stage > 0,
-            )
-            for stage in range(stages if masks else 0)
-        )
-        self.semantic_head = None
-        if semantic_classes:
-            sizes = {"convolutions": semantic_convolutions, "num_classes": semantic_classes}
-            self.semantic_head = SemanticHead(channels, maps=len(STRIDES), **sizes)
         initial = initial_values(
             self, depths=encoder.depths, scheme=encoder.weight_init, seed=int(torch.randint(2**62, (), device="cpu"))
         )
@@ -234,7 +173,7 @@ class CascadeRCNN(nn.Module):
         if not self.training:
             raise ValueError("a detector has losses in training mode only: call .train(), or detect() for detections")
         pyramid = self.pyramid(images)
-        proposals, of_proposals = self.rpn(ImageList(images, list(sizes)), pyramid.maps, list(targets))
+        proposals, of_proposals = self.decoder.rpn(ImageList(images, list(sizes)), pyramid.maps, list(targets))
         losses = {name.removeprefix("loss_"): value for name, value in of_proposals.items()}
         boxes = [one.detach() for one in proposals]
         for stage, weight in enumerate(self.stage_weights):
@@ -245,7 +184,7 @@ class CascadeRCNN(nn.Module):
             losses[f"class_{stage}"], losses[f"box_{stage}"] = weight * class_loss, weight * box_loss
             # masks learn from the boxes as this stage leaves them: interleaved execution
             boxes = self._handed_on(deltas.detach(), samples, sizes, stage)
-            if self.mask_heads:
+            if self.decoder.mask_heads:
                 samples = self._samples(boxes, targets, stage)
                 losses[f"mask_{stage}"] = weight * self._mask_loss(pyramid, samples, targets, stage)
         if pyramid.logits is not None:
@@ -260,32 +199,32 @@ class CascadeRCNN(nn.Module):
                 f"a detector needs images padded to a multiple of {DIVISOR} pixels, got {rows} x {columns}"
             )
         *maps, last = self.encoder.forward_features(images)
-        if self.attention is not None:
-            last = self.attention(last)
-        channels_first = [output(one) for output, one in zip(self.outputs, maps, strict=True)]
+        if self.decoder.attention is not None:
+            last = self.decoder.attention(last)
+        channels_first = [output(one) for output, one in zip(self.decoder.outputs, maps, strict=True)]
         channels_first.append(self.encoder.norm(last).permute(0, 3, 1, 2))
-        kind = self.neck.inner_blocks[0][0].weight.dtype
-        neck = self.neck({str(number): one.to(kind) for number, one in enumerate(channels_first)})
+        kind = self.decoder.neck.inner_blocks[0][0].weight.dtype
+        neck = self.decoder.neck({str(number): one.to(kind) for number, one in enumerate(channels_first)})
         neck = {name: exact(one) for name, one in neck.items()}
-        if self.semantic_head is None:
+        if self.decoder.semantic_head is None:
             return Pyramid(neck, None, None, (rows, columns))
-        logits, semantic = self.semantic_head(list(neck.values()))
+        logits, semantic = self.decoder.semantic_head(list(neck.values()))
         return Pyramid(neck, semantic, logits, (rows, columns))
 
     def box_features(self, pyramid: Pyramid, boxes: list[Tensor]) -> Tensor:
         """What a box head sees of each image's boxes (R_i, 4), one after the other: (R, C, 7, 7)."""
-        x = self.box_pool(pyramid.maps, boxes, [pyramid.padded])
+        x = self.decoder.box_pool(pyramid.maps, boxes, [pyramid.padded])
         if pyramid.semantic is None:
             return x
-        semantic = self.semantic_pool({"semantic": pyramid.semantic}, boxes, [pyramid.padded])
+        semantic = self.decoder.semantic_pool({"semantic": pyramid.semantic}, boxes, [pyramid.padded])
         return x + F.adaptive_avg_pool2d(semantic, BOX_SIDE)
 
     def mask_features(self, pyramid: Pyramid, boxes: list[Tensor]) -> Tensor:
         """What a mask head sees of each image's boxes (R_i, 4), one after the other: (R, C, 14, 14)."""
-        x = self.mask_pool(pyramid.maps, boxes, [pyramid.padded])
+        x = self.decoder.mask_pool(pyramid.maps, boxes, [pyramid.padded])
         if pyramid.semantic is None:
             return x
-        return x + self.semantic_pool({"semantic": pyramid.semantic}, boxes, [pyramid.padded])
+        return x + self.decoder.semantic_pool({"semantic": pyramid.semantic}, boxes, [pyramid.padded])
 
     def _samples(self, boxes: list[Tensor], targets: Sequence[Target], stage: int) -> list[Sample]:
         return [
@@ -301,10 +240,10 @@ class CascadeRCNN(nn.Module):
         ]
 
     def _mask_heads(self, stages: int) -> list[MaskHead]:
-        return [head for head in self.mask_heads[:stages] if isinstance(head, MaskHead)]
+        return [head for head in self.decoder.mask_heads[:stages] if isinstance(head, MaskHead)]
 
     def _box_answers(self, pyramid: Pyramid, boxes: list[Tensor], stage: int) -> tuple[Tensor, Tensor]:
-        return self.box_heads[stage](self.box_features(pyramid, boxes))
+        return self.decoder.box_heads[stage](self.box_features(pyramid, boxes))
 
     def _box_losses(
         self, classes: Tensor, deltas: Tensor, samples: list[Sample], targets: Sequence[Target], stage: int
@@ -376,7 +315,7 @@ class CascadeRCNN(nn.Module):
         pyramids = [self.pyramid(one.images) for one in views]
         found = [list(self._candidates(one, pyramid, sizes)) for one, pyramid in zip(views, pyramids, strict=True)]
         answers = [self._suppressed([of_view[number] for of_view in found]) for number in range(len(images))]
-        if not self.mask_heads:
+        if not self.decoder.mask_heads:
             return answers
         boxes = [answer.boxes for answer in answers]
         labels = torch.cat([answer.labels for answer in answers])
@@ -392,7 +331,7 @@ class CascadeRCNN(nn.Module):
     def _candidates(self, seen: View, pyramid: Pyramid, original: Sequence[Size]) -> Iterator[tuple[Tensor, Tensor]]:
         """Per image, its boxes (R, 4) in original pixels after the last stage, and the mean over stages of the
         probability of each class (R, K)."""
-        boxes, _ = self.rpn(ImageList(seen.images, seen.sizes), pyramid.maps)
+        boxes, _ = self.decoder.rpn(ImageList(seen.images, seen.sizes), pyramid.maps)
         counts = [len(own) for own in boxes]
         probabilities = []
         for stage, coder in enumerate(self.coders):
@@ -427,7 +366,7 @@ class CascadeRCNN(nn.Module):
     def _mask_probabilities(self, seen: View, pyramid: Pyramid, boxes: list[Tensor], labels: Tensor) -> Tensor:
         """The mean over stages of the masks of each image's boxes (R_i, 4) in original pixels: (R, 1, 28, 28)."""
         there = [seen.into(own, number) for number, own in enumerate(boxes)]
-        heads = self._mask_heads(len(self.mask_heads))
+        heads = self._mask_heads(len(self.decoder.mask_heads))
         answers = mask_logits(heads, self.mask_features(pyramid, there), flow=self.mask_information_flow)
         rows = torch.arange(len(labels), device=labels.device)
         mean = torch.stack([logits[rows, labels].sigmoid() for logits in answers]).mean(dim=0)
