@@ -155,7 +155,7 @@ def transformed(joint: v2.Transform, image: torch.Tensor, target: Target) -> tup
     new["crowd"] = new["crowd"][(new["crowd"][:, 2:] > new["crowd"][:, :2]).all(dim=1)]
     if "masks" in parts:
         new["masks"] = parts["masks"][kept]
-        new["has_mask"] = target["has_mask"][kept] & new["masks"].flatten(1).any(dim=1)
+        new["has_mask"] = target["has_mask"][kept] & _any(new["masks"])
     if "semantic" in parts:
         new["semantic"] = parts["semantic"]
     return image, new
@@ -215,14 +215,14 @@ def paste(
     rows, columns = image.shape[1:]
     space = (0, columns - source.shape[2], 0, rows - source.shape[1])  # negative: cut off
     masks = F.pad(objects["masks"][chosen], space)
-    shown = masks.flatten(1).any(dim=1)
+    shown = _any(masks)
     masks, labels = masks[shown], objects["labels"][chosen][shown]
     if not len(masks):
         return image, target
-    above = masks.any(dim=0)
+    above = (masks > 0).any(dim=0)
     left = target["masks"] * ~above
-    covered = (left != target["masks"]).flatten(1).any(dim=1)
-    kept = left.flatten(1).any(dim=1)
+    covered = _any(left != target["masks"])
+    kept = _any(left)
     boxes = target["boxes"].clone()
     for number in torch.where(covered & kept)[0].tolist():
         boxes[number] = _around(left[number : number + 1])[0]
@@ -236,6 +236,11 @@ def paste(
     if "semantic" in target and "semantic" in objects:
         new["semantic"] = torch.where(above, F.pad(objects["semantic"], space, value=IGNORED), target["semantic"])
     return torch.where(above, F.pad(source, space), image), new
+
+
+def _any(masks: torch.Tensor) -> torch.Tensor:
+    """Whether each of masks (N, Y, X) has pixels, bool (N,): .any() of uint8 is uint8, which does not index."""
+    return (masks > 0).flatten(1).any(dim=1)
 
 
 def _around(masks: torch.Tensor) -> torch.Tensor:

@@ -19,8 +19,8 @@ STATISTICS = ["ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large"]
 STATISTICS += ["ar1", "ar10", "ar100", "ar_small", "ar_medium", "ar_large"]
 
 
-def rectangle(x: int, y: int, width: int, height: int) -> np.ndarray:
-    mask = np.zeros((ROWS, COLUMNS), dtype=np.uint8, order="F")
+def rectangle(x: int, y: int, width: int, height: int, *, scale: int = 1) -> np.ndarray:
+    mask = np.zeros((ROWS * scale, COLUMNS * scale), dtype=np.uint8, order="F")
     mask[y : y + height, x : x + width] = 1
     return mask
 
@@ -171,20 +171,24 @@ def test_other_files_are_refused(tmp_path, text):
 
 
 def scenes(random: np.random.Generator, images: int, *, masks: bool) -> dict[str, Any]:
-    """An annotation file of random rectangles, some of them crowds, in images some of which have none."""
+    """An annotation file of random objects, some of them crowds, in images some of which have none.
+
+    Each fills the left half of its box, so that many are small as masks and medium as boxes.
+    """
     annotations = []
     for image in range(images):
         for _ in range(random.integers(0, 6)):
-            x, y = int(random.integers(0, COLUMNS - 12)), int(random.integers(0, ROWS - 12))
-            width, height = (int(value) for value in random.integers(3, 12, 2))
+            x, y = int(random.integers(0, 3 * COLUMNS - 60)), int(random.integers(0, 3 * ROWS - 60))
+            width, height = (int(value) for value in random.integers(20, 60, 2))
             one = annotation(len(annotations) + 1, [x, y, width, height], [], image_id=10 + image)
             one |= {"category_id": IDS[random.integers(3)], "iscrowd": int(random.random() < 0.15)}
-            mask = rectangle(x, y, width, height)
-            one["segmentation"] = (
-                (compressed if random.random() < 0.5 or one["iscrowd"] else polygon_of)(mask) if masks else []
-            )
+            if masks:
+                mask = rectangle(x, y, width // 2, height, scale=3)
+                kind = compressed if one["iscrowd"] or random.random() < 0.5 else polygon_of
+                one |= {"segmentation": kind(mask), "area": width // 2 * height}
             annotations.append(one)
-    pictures = [{"id": 10 + n, "file_name": f"{n}.jpg", "width": COLUMNS, "height": ROWS} for n in range(images)]
+    size = {"width": 3 * COLUMNS, "height": 3 * ROWS}
+    pictures = [{"id": 10 + n, "file_name": f"{n}.jpg", **size} for n in range(images)]
     return {**content(annotations), "images": pictures}
 
 
@@ -198,20 +202,20 @@ def guesses(random: np.random.Generator, truth: dict[str, Any], *, perfect: bool
     found: list[coco.Result] = []
     for image in truth["images"]:
         objects = [
-            a for a in truth["annotations"] if a["image_id"] == image["id"] and (not perfect or not a["iscrowd"])
+            one for one in truth["annotations"] if one["image_id"] == image["id"] and not (perfect and one["iscrowd"])
         ]
-        shifts = np.zeros((len(objects), 4)) if perfect else random.normal(0, 1, (len(objects), 4))
-        boxes = [np.array(one["bbox"]) + shift for one, shift in zip(objects, shifts, strict=True)]
+        shifts = random.normal(0, 0.0 if perfect else 4.0, (len(objects), 4))
+        sides = [np.array(one["bbox"]) + shift for one, shift in zip(objects, shifts, strict=True)]
         labels = [IDS.index(one["category_id"]) for one in objects]
         if not perfect:
-            boxes += [np.array([random.integers(0, 40), random.integers(0, 20), 9, 9]) for _ in range(3)]
+            sides += [np.array([random.integers(0, 100), random.integers(0, 60), 40, 40]) for _ in range(3)]
             labels += random.integers(0, 3, 3).tolist()
-        corners = torch.tensor(np.array(boxes).reshape(-1, 4))
+        corners = torch.tensor(np.array(sides).reshape(-1, 4))
         corners[:, 2:] = corners[:, :2] + corners[:, 2:].clamp(min=1)
-        masks = torch.zeros(len(boxes), ROWS, COLUMNS, dtype=torch.uint8)
+        masks = torch.zeros(len(sides), image["height"], image["width"], dtype=torch.uint8)
         for mask, (x1, y1, x2, y2) in zip(masks, corners.round().int().tolist(), strict=True):
-            mask[max(0, y1) : y2, max(0, x1) : x2] = 1
-        scores = torch.rand(len(boxes), generator=torch.Generator().manual_seed(int(random.integers(99))))
+            mask[max(0, y1) : y2, max(0, x1) : max(0, x1) + (x2 - x1) // 2] = 1
+        scores = torch.from_numpy(random.random(len(sides)))
         found += coco.results(image["id"], corners, scores, torch.tensor(labels, dtype=torch.int64), masks, IDS)
     return found
 
@@ -260,6 +264,7 @@ def test_nothing_found_and_nothing_there(tmp_path):
     records = coco.read_annotations(tmp_path / "read.json").records
     numbers = coco.evaluate(records, [], IDS, kinds=["box"])
     assert (numbers["box_ap"], numbers["box_ar100"], numbers["box_ap_large"]) == (0.0, 0.0, -1.0)
+    assert len(numbers) == 12
     empty = [{**record, "annotations": []} for record in records]
     assert set(coco.evaluate(empty, [], IDS, kinds=["box", "mask"]).values()) == {-1.0}
     stray = coco.results(99, torch.tensor([[1.0, 2, 3, 4]]), torch.ones(1), torch.tensor([0]), None, IDS)
@@ -270,7 +275,7 @@ def test_nothing_found_and_nothing_there(tmp_path):
 def test_a_results_file_is_read_by_cocos_tools(tmp_path):
     truth = scenes(np.random.default_rng(3), 4, masks=True)
     (tmp_path / "truth.json").write_text(json.dumps(truth))
-    mask = rectangle(4, 5, 6, 7)
+    mask = rectangle(4, 5, 6, 7, scale=3)
     boxes, scores = torch.tensor([[4.0, 5.0, 10.0, 12.0]]), torch.tensor([0.5])
     found = coco.results(11, boxes, scores, torch.tensor([2]), torch.from_numpy(mask)[None], IDS)
     assert found[0] | {"segmentation": None} == {
