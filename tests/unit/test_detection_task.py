@@ -11,6 +11,7 @@ from test_coco import IDS, directly, guesses, scenes
 
 from swinv2_scale import config, distributed
 from swinv2_scale.data import coco
+from swinv2_scale.models.convert import describe, load_checkpoint
 from swinv2_scale.models.detection.cascade import Detections
 from swinv2_scale.tasks.detection import Detection, as_results, merged_numbers
 from swinv2_scale.train import evaluate
@@ -148,6 +149,35 @@ def test_the_loss_is_the_sum_of_the_detectors():
 
     loss = task().loss(model, batch([1, 2]))
     assert loss == 3.5 and loss.dtype == torch.float32
+
+
+def test_weights_come_from_classifiers_and_other_detectors_and_go_on_to_them(tmp_path):
+    small = config.compose_model("debug", num_classes=5, image_size=64)
+    classifier = config.instantiate(small)
+    torch.save(classifier.state_dict(), tmp_path / "classifier.pth")
+    made = task()
+    torch.manual_seed(0)
+    detector = made.build(compose().model)
+    fresh = {name: value.clone() for name, value in detector.state_dict().items()}
+    report = load_checkpoint(detector, tmp_path / "classifier.pth", pretrained_windows=[[8, 8]] * 3 + [[4, 4]])
+    assert set(report.dropped) == {"encoder.head.weight", "encoder.head.bias"}
+    assert all(name.startswith("decoder.") for name in report.missing)
+    for name, value in detector.state_dict().items():
+        assert torch.equal(value, classifier.state_dict().get(name.removeprefix("encoder."), fresh[name]))
+    # a detector of other classes, without masks, as after Objects365
+    torch.save(detector.state_dict(), tmp_path / "detector.pth")
+    assert describe(tmp_path / "detector.pth")[0].map_classes == 3
+    other = task("model.num_classes=2", "task.detector.masks=false", "task.detector.mask_information_flow=false")
+    torch.manual_seed(1)
+    model = other.build(compose().model)
+    report = load_checkpoint(model, tmp_path / "detector.pth", pretrained_windows=[[8, 8]] * 4)
+    assert all("mask_heads" in name or ".classes." in name for name in report.dropped)
+    assert set(report.missing) == {
+        f"decoder.box_heads.{n}.classes.{part}" for n in range(3) for part in ("weight", "bias")
+    }
+    assert torch.equal(model.decoder.box_heads[1].deltas.weight, detector.decoder.box_heads[1].deltas.weight)
+    report = load_checkpoint(classifier, tmp_path / "detector.pth", pretrained_windows=[[8, 8]] * 4)
+    assert all(name.startswith("decoder.") for name in report.dropped) and "norm.weight" in report.loaded
 
 
 def refused(message: str) -> Any:
