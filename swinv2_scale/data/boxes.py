@@ -180,7 +180,8 @@ class Paste:
     With `probability` an image receives a random half, on average, of the objects of the image before it that have
     masks, where they were. They cover what is there: masks and boxes of covered objects shrink, and those of which
     nothing is left are left out. An image takes part if all of its objects have masks. All draws of an image come from
-    its `draw`, but who its neighbour is depends on the batch. Raises ValueError for what is no probability.
+    its `draw`, but who its neighbour is depends on the batch. Raises ValueError for what is no probability, and for an
+    image without neighbour.
     """
 
     def __init__(self, *, probability: float) -> None:
@@ -189,10 +190,15 @@ class Paste:
         self.probability = probability
 
     def __call__(self, samples: list[Sample]) -> dict[str, Any]:
+        if self.probability > 0 and len(samples) == 1:
+            raise ValueError(
+                "objects are pasted from a neighbour and the micro-batch has 1 image; choose micro_batch=2 or more, or "
+                "switch pasting off with task.train_collate.probability=0"
+            )
         pasted = []
         for sample, other in zip(samples, samples[-1:] + samples[:-1], strict=True):
             random = np.random.default_rng([sample["draw"], 2])  # its own stream: the crop used `draw` itself
-            if len(samples) > 1 and random.random() < self.probability and _all_drawn(sample) and _all_drawn(other):
+            if random.random() < self.probability and _all_drawn(sample) and _all_drawn(other):
                 chosen = torch.from_numpy(random.random(len(other["target"]["boxes"])) < 0.5)
                 image, target = paste(sample["image"], sample["target"], other["image"], other["target"], chosen)
                 sample = {**sample, "image": image, "target": target}  # noqa: PLW2901

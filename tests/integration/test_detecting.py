@@ -56,7 +56,7 @@ def test_a_detector_is_trained_and_evaluated_on_any_number_of_ranks(launch: Call
     data = [
         f"data.{name}={packed(tmp_path / 'data', name, count)}" for name, count in (("train", 12), ("validation", 7))
     ]
-    training = [*data, *SETTINGS, "steps=3", "epochs=null", "global_batch=4", "micro_batch=1"]
+    training = [*data, *SETTINGS, "steps=3", "epochs=null", "global_batch=4", "micro_batch=2"]
     trained = launch("trained", *training, script="finetune", ranks=2)
     assert trained.returncode == 0, trained.output
     told = trained.events("evaluation")[3]

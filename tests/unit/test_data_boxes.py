@@ -179,6 +179,9 @@ def test_pasting_is_drawn_per_image_and_needs_masks():
     assert batch(0.0) == [3] * 8
     assert batch(1.0, masks=False) == [3] * 8
     assert batch(1.0) == batch(1.0) != [3] * 8
+    assert len(boxes.Paste(probability=0.0)([transform()(sample())])["target"]) == 1
+    with pytest.raises(ValueError, match="the micro-batch has 1 image; choose micro_batch=2 or more"):
+        boxes.Paste(probability=0.5)([transform()(sample())])
     with pytest.raises(ValueError, match="from 0 to 1, got 2"):
         boxes.Paste(probability=2)
 
