@@ -90,6 +90,15 @@ def test_everything_moves_together(scale, flip):
     assert example["image"].shape[1:] == expected
 
 
+def test_a_mirror_image():
+    straight, mirrored = (transform(flip=flip)(sample(crowd=True)) for flip in (0.0, 1.0))
+    assert torch.equal(mirrored["image"], straight["image"].flip(2))
+    assert torch.equal(mirrored["target"]["masks"], straight["target"]["masks"].flip(2))
+    for name in ("boxes", "crowd"):
+        x1, y1, x2, y2 = straight["target"][name].unbind(dim=1)
+        assert torch.equal(mirrored["target"][name], torch.stack([COLUMNS - x2, y1, COLUMNS - x1, y2], dim=1))
+
+
 def test_jitter_and_mirroring_are_drawn_from_torch():
     examples = []
     for seed in (0, 0, 1, 2, 3):
