@@ -178,6 +178,8 @@ def _check_sample(members: dict[str, bytes], manifest: Manifest) -> tuple[tuple[
         else:
             values = EncodedMap(members[MASK_EXTENSION]).values(len(manifest.classes))
             (height, width), labels = values.shape, []
+    except CorruptSampleError:
+        raise
     except (KeyError, TypeError, ValueError) as error:
         raise CorruptSampleError(
             f"annotation is missing or does not decode ({type(error).__name__}: {error})"

@@ -27,7 +27,7 @@ INFERENCE = ("whole", "sliding")
 
 
 class Segmentation:
-    """Cross-entropy of the pixels that have a class, and the auxiliary head's times auxiliary_weight.
+    """Cross-entropy of the pixels that have a class, with the auxiliary head's times auxiliary_weight.
 
     channels, auxiliary_channels, pool_scales, dropout   of models.upernet.UPerNet
     inference   "whole": an image at a time; "sliding": in windows of the training's image size, two thirds of it apart,
@@ -101,13 +101,16 @@ class Segmentation:
         check_class_names(self.classes, *classes)
 
     def loss(self, model: Callable, batch: Batch) -> Tensor:
-        """Mean cross-entropy of a micro-batch's pixels that have a class, float32, of both heads; 0 without any."""
+        """Cross-entropy in float32, the auxiliary head's times its weight, as a mean over all pixels of a micro-batch.
+
+        Pixels without a class count as 0, as in OpenMMLab's: a mean over the others would give those of an image
+        another weight on another number of ranks.
+        """
         target = batch["map"].long()
-        losses = [
+        main, auxiliary = (
             F.cross_entropy(logits, target, ignore_index=IGNORED, reduction="sum") for logits in model(batch["image"])
-        ]
-        total = losses[0] + self.auxiliary_weight * losses[1]
-        return total / (target != IGNORED).sum().clamp(min=1)
+        )
+        return (main + self.auxiliary_weight * auxiliary) / target.numel()
 
     def scores(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Sums over the batch's classified pixels.

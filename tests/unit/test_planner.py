@@ -11,7 +11,8 @@ import torch
 from swinv2_scale import config, plan_report, planner, telemetry
 from swinv2_scale.cli import main
 
-EXPERIMENTS = sorted(path.stem for path in (config.CONF / "experiment").glob("*.yaml"))
+FILES = sorted((config.CONF / "experiment").glob("*.yaml"))
+EXPERIMENTS = [path.stem for path in FILES if "task: segmentation" not in path.read_text()]  # which has no plan yet
 SMALL = ["model=debug", "nodes=1", "gpus=2", "micro_batch=4", "global_batch=64"]
 
 
