@@ -243,7 +243,8 @@ def open_model(
     # 3  memory policy, parameter groups, engine
     memory.apply(model, **cfg.memory)
     optim = cfg.optim
-    groups = parameter_groups(model, cfg.model.depths, weight_decay=optim.weight_decay, layer_decay=optim.layer_decay)
+    decay = {name: optim[name] for name in ("weight_decay", "layer_decay", "encoder_scale")}
+    groups = parameter_groups(model, cfg.model.depths, **decay)
     engine = build_engine(
         model,
         groups,

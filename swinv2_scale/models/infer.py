@@ -24,7 +24,7 @@ class Inferred:
     """Constructor arguments of SwinTransformerV2 that a file determines, and those that it leaves open, and why.
 
     `pretrained_windows`: per stage, the window in whose units the file's position bias measures; None if not known.
-    `map_classes`: of the classifier of pixels behind the model (models/upernet.py); 0 without one.
+    `map_classes`: of the classifier of pixels or boxes behind the model (upernet.py, detection/); 0 without one.
     """
 
     arguments: dict[str, Any]
@@ -59,6 +59,8 @@ def infer(released: Mapping[str, Tensor], raw: Mapping[str, Tensor]) -> Inferred
     found = Inferred(arguments)
     if "decoder.classifier.weight" in tensors:
         found.map_classes = len(tensors["decoder.classifier.weight"])
+    if "decoder.box_heads.0.classes.weight" in tensors:
+        found.map_classes = len(tensors["decoder.box_heads.0.classes.weight"]) - 1  # the last one is background
     _add_windows(found, raw)
     if "absolute_pos_embed" in tensors:
         side = math.isqrt(tensors["absolute_pos_embed"].shape[1])

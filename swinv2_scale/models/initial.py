@@ -20,7 +20,12 @@ SCHEMES = ("released", "research")
 #   block norm   0, so that every block starts as the identity; weights of scheme "research" 1e-5
 #   one, zero    weights of other norms, biases; running variances and means of batch norms
 #   log 10       logit_scale
+#   relu fan, fan   of detectors: variance 2 / inputs in front of a ReLU, 1 / inputs elsewhere
+#   small        of detectors: standard deviation 0.001, so that boxes start where they are proposed
 INITIAL = (
+    (r"^decoder\.neck\..*\.weight$", "fan"),
+    (r"^decoder\.(rpn|box_heads)\..*\.?(bbox_pred|deltas)\.weight$", "small"),
+    (r"^decoder\.(rpn|box_heads|mask_heads|semantic_head)\..*(conv(\.0\.0)?|larger|features)\.weight$", "relu fan"),
     (r"\.logit_scale$", "log 10"),
     (r"\.norm[12]\.(weight|bias)$", "block norm"),
     (r"(^|\.)\w*norm\.(weight|running_var)$", "one"),
@@ -50,6 +55,11 @@ def initial_value(
     elif kind == "convolution":
         bound = 1 / math.sqrt(math.prod(shapes[f"{name.rpartition('.')[0]}.weight"][1:]))
         value.uniform_(-bound, bound, generator=generator)
+    elif kind in ("relu fan", "fan"):
+        gain = 2.0 if kind == "relu fan" else 1.0
+        value.normal_(std=math.sqrt(gain / math.prod(shapes[name][1:])), generator=generator)
+    elif kind == "small":
+        value.normal_(std=0.001, generator=generator)
     elif kind == "block norm":
         value.fill_(1e-5 if scheme == "research" and name.endswith("weight") else 0.0)
     else:

@@ -56,8 +56,20 @@ UPERNET = (
     "decoder.classifier.{p}",
     "decoder.auxiliary_classifier.{p}",
 )
+DETECTOR = (
+    *(f"decoder.attention.{name}" for name in BLOCK),
+    "decoder.outputs.{s}.norm.{p}",
+    *(f"decoder.neck.{name}_blocks.{{s}}.0.{{p}}" for name in ("inner", "layer")),
+    *(f"decoder.rpn.head.{name}.{{p}}" for name in ("conv.0.0", "cls_logits", "bbox_pred")),
+    "decoder.box_heads.{s}.convs.{b}.conv.weight",
+    *(f"decoder.box_heads.{{s}}.{name}.{{p}}" for name in ("convs.{b}.norm", "features", "classes", "deltas")),
+    *(f"decoder.mask_heads.{{s}}.{name}.{{p}}" for name in ("previous.conv", "convs.{b}.conv", "larger", "masks")),
+    *(f"decoder.semantic_head.{name}.conv.{{p}}" for name in ("laterals.{s}", "convs.{s}", "embedding")),
+    "decoder.semantic_head.classes.{p}",
+)
 OWN = (  # what no other layout can express, mask_token and decoder.0 excepted
     *UPERNET,
+    *DETECTOR,
     "layers.{s}.blocks.{b}.enorm.{p}",
     "absolute_pos_embed",
     "mask_token",
