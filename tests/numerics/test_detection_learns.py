@@ -6,17 +6,19 @@ from tiny_detector import batch, detector
 from swinv2_scale.data import coco
 from swinv2_scale.tasks.detection import as_results
 
-STEPS = 40
+STEPS = 55
 
 
 def test_two_images_are_learnt_by_heart():
-    model = detector(channels=16, proposals=20, samples=12).train()
+    model = detector(seed=1, channels=16, proposals=20, samples=12).train()
     images, sizes, targets = batch()
     optimizer = torch.optim.AdamW(model.parameters())
     for step in range(STEPS):
         optimizer.param_groups[0]["lr"] = 3e-3 * min(1.0, (step + 1) / 5, (STEPS - step) / 25)
         optimizer.zero_grad()
-        sum(model(images, sizes, targets).values()).backward()
+        losses = model(images, sizes, targets)
+        losses.pop("rpn_box_reg")  # proposals stay near the anchors: finding the boxes is left to the stages
+        sum(losses.values()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
         optimizer.step()
     records, results = [], []
@@ -30,5 +32,5 @@ def test_two_images_are_learnt_by_heart():
         records.append(record)
         results += as_results(found, (64, 64), record)
     numbers = coco.evaluate(records, results, range(3), kinds=["box", "mask"])
-    assert numbers["box_ap"] > 0.5 and numbers["mask_ap"] > 0.5, numbers
+    assert numbers["box_ap"] > 0.6 and numbers["mask_ap"] > 0.6, numbers
     assert numbers["box_ap50"] > 0.9 and numbers["mask_ap50"] > 0.9, numbers

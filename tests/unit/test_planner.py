@@ -12,7 +12,8 @@ from swinv2_scale import config, plan_report, planner, telemetry
 from swinv2_scale.cli import main
 
 FILES = sorted((config.CONF / "experiment").glob("*.yaml"))
-EXPERIMENTS = [path.stem for path in FILES if "task: segmentation" not in path.read_text()]  # which has no plan yet
+WITHOUT_PLAN = ("task: segmentation", "task: detection")
+EXPERIMENTS = [path.stem for path in FILES if not any(task in path.read_text() for task in WITHOUT_PLAN)]
 SMALL = ["model=debug", "nodes=1", "gpus=2", "micro_batch=4", "global_batch=64"]
 
 
