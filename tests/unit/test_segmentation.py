@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision import tv_tensors
 
@@ -34,6 +35,8 @@ from swinv2_scale.data.segmentation import (
 from swinv2_scale.data.shards import verify, with_map
 from swinv2_scale.data.stream import evaluation_stream, training_stream
 from swinv2_scale.data.transforms import collate, to_uint8
+from swinv2_scale.models import create_model
+from swinv2_scale.models.convert import describe, load_checkpoint
 from swinv2_scale.models.upernet import UPerNet
 from swinv2_scale.tasks.segmentation import Segmentation, coloured, sliding
 from swinv2_scale.train import evaluate
@@ -508,6 +511,26 @@ def test_pictures_show_prediction_and_truth(net: UPerNet) -> None:
     image = torch.full((3, 1, 3), 100, dtype=torch.uint8)
     mixed = coloured(image, torch.tensor([[0, 1, IGNORED]]), 4)
     assert len(mixed[:, 0].unique(dim=1).T) == 3 and mixed[:, 0, 2].tolist() == [100] * 3
+
+
+def test_weights_come_from_a_classifier_and_go_on(net: UPerNet, tmp_path: Path) -> None:
+    classifier = create_model("debug", image_size=64, num_classes=7)
+    save_file(classifier.state_dict(), tmp_path / "classifier.safetensors")
+    fresh = segmentation_task().build(segmentation_task().model)
+    report = load_checkpoint(fresh, tmp_path / "classifier.safetensors")
+    assert all(name.startswith("decoder.") for name in report.missing) and "encoder.norm.weight" in report.loaded
+    assert sorted(report.dropped) == ["encoder.head.bias", "encoder.head.weight"]
+    assert torch.equal(fresh.encoder.layers[2].blocks[1].mlp.fc1.weight, classifier.layers[2].blocks[1].mlp.fc1.weight)
+    # A file of ours fills all of a model, running statistics too, and gives its backbone to another task.
+    with torch.no_grad():
+        net.decoder.fuse.norm.running_mean.normal_()
+    save_file(net.state_dict(), tmp_path / "net.safetensors")
+    report = load_checkpoint(fresh, tmp_path / "net.safetensors")
+    assert report.missing == report.dropped == []
+    assert all(torch.equal(tensor, fresh.state_dict()[name]) for name, tensor in net.state_dict().items())
+    report = load_checkpoint(classifier, tmp_path / "net.safetensors")
+    assert report.missing == ["head.weight", "head.bias"] and all(n.startswith("decoder.") for n in report.dropped)
+    assert describe(tmp_path / "net.safetensors")[0].map_classes == 4
 
 
 @pytest.mark.parametrize(
