@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision import tv_tensors
 
@@ -34,6 +35,8 @@ from swinv2_scale.data.segmentation import (
 from swinv2_scale.data.shards import verify, with_map
 from swinv2_scale.data.stream import evaluation_stream, training_stream
 from swinv2_scale.data.transforms import collate, to_uint8
+from swinv2_scale.models import create_model
+from swinv2_scale.models.convert import describe, load_checkpoint
 from swinv2_scale.models.upernet import UPerNet
 from swinv2_scale.tasks.segmentation import Segmentation, coloured, sliding
 from swinv2_scale.train import evaluate
@@ -102,16 +105,12 @@ def test_map_and_image_stay_aligned(rows: int, columns: int) -> None:
 
 
 def test_resized_maps_are_not_shifted() -> None:
-    """Where a colour changes in the enlarged image, the class does: torch's "nearest" would be half a pixel off."""
-    values = np.ones((32, 32), np.uint8)
-    values[:, 16:] = 2
-    torch.manual_seed(0)
-    transform = SegmentationTransform(**{**TRAINING, "ratio": [0.33, 0.33], "flip": 0.0, "largest_share": 1.0})
-    made = transform(sample(values.repeat(2, 0).repeat(2, 1)))  # 64 -> 21 pixels
-    found = made["map"][0, :21].tolist()
-    edge = colours_of(made["image"])[0, :21].tolist()
-    assert found == [0] * 10 + [found[10]] + [1] * 10, "symmetric"
-    assert [colour - 1 for n, colour in enumerate(edge) if n != 10] == [0] * 10 + [1] * 10
+    """Of three pixels the middle one is taken, as for the image; torch's "nearest" takes the first."""
+    values = np.ones((63, 63), np.uint8)
+    values[1::3, 1::3] = 2
+    transform = SegmentationTransform(**{**TRAINING, "ratio": [21 / 64] * 2, "flip": 0.0, "largest_share": 1.0})
+    made = transform(sample(values))["map"]
+    assert (made[:21, :21] == 1).all() and (made[21:] == IGNORED).all()
 
 
 def test_the_same_seed_gives_the_same_example_and_other_generators_are_not_asked() -> None:
@@ -143,6 +142,12 @@ def test_no_class_covers_too_much_of_a_crop_if_another_is_there() -> None:
     free, held = largest(1.0), largest(0.75)
     assert sum(share == 1.0 for share in free) > 90
     assert sum(share <= 0.75 for share in held) > 3 * max(1, sum(share <= 0.75 for share in free))
+    # Pixels without a class are nobody's share: on the left there are none and class 0, on the right classes 0 and 1.
+    fine = np.indices((100, 100)).sum(0) % 2
+    mixed = tv_tensors.Mask(torch.from_numpy(np.where(fine, 0, np.where(np.arange(100) < 50, IGNORED, 1)))[None].byte())
+    for seed in range(50):
+        torch.manual_seed(seed)
+        assert (ClassCrop(20, 0.75)(pair[0], mixed)[1] == 1).any()
     ignored = tv_tensors.Mask(torch.full((1, 100, 100), IGNORED, dtype=torch.uint8))
     assert ClassCrop(20, 0.75)(pair[0], ignored)[1].shape == (1, 20, 20), "nothing to choose between"
 
@@ -506,6 +511,26 @@ def test_pictures_show_prediction_and_truth(net: UPerNet) -> None:
     image = torch.full((3, 1, 3), 100, dtype=torch.uint8)
     mixed = coloured(image, torch.tensor([[0, 1, IGNORED]]), 4)
     assert len(mixed[:, 0].unique(dim=1).T) == 3 and mixed[:, 0, 2].tolist() == [100] * 3
+
+
+def test_weights_come_from_a_classifier_and_go_on(net: UPerNet, tmp_path: Path) -> None:
+    classifier = create_model("debug", image_size=64, num_classes=7)
+    save_file(classifier.state_dict(), tmp_path / "classifier.safetensors")
+    fresh = segmentation_task().build(segmentation_task().model)
+    report = load_checkpoint(fresh, tmp_path / "classifier.safetensors")
+    assert all(name.startswith("decoder.") for name in report.missing) and "encoder.norm.weight" in report.loaded
+    assert sorted(report.dropped) == ["encoder.head.bias", "encoder.head.weight"]
+    assert torch.equal(fresh.encoder.layers[2].blocks[1].mlp.fc1.weight, classifier.layers[2].blocks[1].mlp.fc1.weight)
+    # A file of ours fills all of a model, running statistics too, and gives its backbone to another task.
+    with torch.no_grad():
+        net.decoder.fuse.norm.running_mean.normal_()
+    save_file(net.state_dict(), tmp_path / "net.safetensors")
+    report = load_checkpoint(fresh, tmp_path / "net.safetensors")
+    assert report.missing == report.dropped == []
+    assert all(torch.equal(tensor, fresh.state_dict()[name]) for name, tensor in net.state_dict().items())
+    report = load_checkpoint(classifier, tmp_path / "net.safetensors")
+    assert report.missing == ["head.weight", "head.bias"] and all(n.startswith("decoder.") for n in report.dropped)
+    assert describe(tmp_path / "net.safetensors")[0].map_classes == 4
 
 
 @pytest.mark.parametrize(
