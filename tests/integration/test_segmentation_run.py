@@ -90,8 +90,8 @@ def test_every_pixel_counts_once_on_any_number_of_ranks(tmp_path: Path, settings
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("stage", [0, 2, 3])
-def test_every_zero_stage_trains_alike(tmp_path: Path, settings: list[str], stage: int) -> None:
+@pytest.mark.parametrize("stage", [0, 2])
+def test_other_zero_stages_train_alike(tmp_path: Path, settings: list[str], stage: int) -> None:
     plain = run(tmp_path / "plain", *settings, "steps=4", "micro_batch=4", ranks=2, script="finetune")
     staged = [*settings, f"parallel=zero{stage}", "steps=4", "micro_batch=4"]
     other = run(tmp_path / "other", *staged, ranks=2, script="finetune")
