@@ -58,7 +58,7 @@ def _add_data(commands: Any) -> None:
     pack.add_argument("--jobs", type=int, help="processes; the shards do not depend on it; default: one per CPU")
     pack.set_defaults(run=_data_pack)
 
-    scenes = actions.add_parser("scenes", help="write photographs with digits on them, as ADE20K's directories")
+    scenes = actions.add_parser("scenes", help="write photographs with digits on them, as ADE20K's and as COCO's files")
     scenes.add_argument("directory", type=Path, help="to create; then: data pack DIRECTORY/images/training …")
     scenes.set_defaults(run=_data_scenes)
 
@@ -110,9 +110,9 @@ def _data_pack(arguments: argparse.Namespace) -> int:
 
 
 def _data_scenes(arguments: argparse.Namespace) -> int:
-    from swinv2_scale.data.scenes import COUNTS, write_ade20k
+    from swinv2_scale.data.scenes import COUNTS, write_tree
 
-    write_ade20k(arguments.directory)
+    write_tree(arguments.directory)
     print(f"{' and '.join(f'{number} for {split}' for split, number in COUNTS.items())}: {arguments.directory}")
     return 0
 

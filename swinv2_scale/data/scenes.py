@@ -5,9 +5,10 @@ coloured, and pasted at a random place. Training and validation have other photo
 belongs to the digit that was painted on it last, and to nothing else: annotations are exact before JPEG.
 """
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -62,8 +63,9 @@ def scenes(split: str, number: int | None = None) -> Iterator[Scene]:
         yield _painted(background, glyphs, np.array(labels), random)
 
 
-def write_ade20k(root: Path, numbers: dict[str, int] | None = None) -> None:
-    """Write scenes as a tree like ADEChallengeData2016: images, annotations, objectInfo150.txt (with 11 classes).
+def write_tree(root: Path, numbers: dict[str, int] | None = None) -> None:
+    """Write scenes as a tree like ADEChallengeData2016: images, annotations, objectInfo150.txt (with 11 classes); and
+    beside the images of each split COCO's annotation file, images/instances_SPLIT.json, with masks as RLE.
 
     numbers: of scenes per split, COUNTS by default. Raises ValueError when there is such a tree already.
     """
@@ -73,12 +75,46 @@ def write_ade20k(root: Path, numbers: dict[str, int] | None = None) -> None:
         images, maps = root / "images" / split, root / "annotations" / split
         images.mkdir(parents=True)
         maps.mkdir(parents=True)
+        objects = _Objects()
         for index, scene in enumerate(scenes(split, number)):
             name = f"scene_{split}_{index:05d}"
+            objects.add(index, f"{name}.jpg", scene)
             Image.fromarray(scene.image).save(images / f"{name}.jpg", quality=95, subsampling=0)
             Image.fromarray(scene.semantic()).save(maps / f"{name}.png")
+        (root / "images" / f"instances_{split}.json").write_text(json.dumps(objects.content))
     names = [f"{number}\t-\t-\t-\t-\t{name}" for number, name in enumerate([*CLASSES, BACKGROUND], 1)]
     (root / "objectInfo150.txt").write_text("\n".join(["Idx\tRatio\tTrain\tVal\tStuff\tName", *names]) + "\n")
+
+
+class _Objects:
+    """`content` of a COCO annotation file. Digit n has the category id n + 1."""
+
+    def __init__(self) -> None:
+        self.content: dict[str, Any] = {"images": [], "annotations": []}
+        self.content["categories"] = [{"id": number, "name": name} for number, name in enumerate(CLASSES, 1)]
+
+    def add(self, number: int, file: str, scene: Scene) -> None:
+        rows, columns = scene.image.shape[:2]
+        self.content["images"].append({"id": number, "file_name": file, "width": columns, "height": rows})
+        for label, mask, (left, top, right, bottom) in zip(scene.labels, scene.masks, scene.boxes, strict=True):
+            self.content["annotations"].append(
+                {
+                    "id": len(self.content["annotations"]) + 1,
+                    "image_id": number,
+                    "category_id": int(label) + 1,
+                    "bbox": [float(left), float(top), float(right - left), float(bottom - top)],
+                    "area": int(mask.sum()),
+                    "iscrowd": 0,
+                    "segmentation": {"size": [rows, columns], "counts": _runs(mask)},
+                }
+            )
+
+
+def _runs(mask: np.ndarray) -> list[int]:
+    """Lengths of the runs of a mask (Y, X), column by column, the first of what is not in it: COCO's plain RLE."""
+    values = mask.T.flatten()
+    edges = np.flatnonzero(np.diff(values, prepend=False)).tolist()
+    return np.diff([0, *edges, values.size]).tolist()
 
 
 def _background(path: Path, random: np.random.Generator) -> np.ndarray:

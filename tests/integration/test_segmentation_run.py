@@ -11,7 +11,7 @@ import torch
 from real_runs import Run, run
 
 from swinv2_scale.data.pack import pack
-from swinv2_scale.data.scenes import write_ade20k
+from swinv2_scale.data.scenes import write_tree
 
 Launch = Callable[..., Run]
 STEPS = 16
@@ -20,7 +20,7 @@ STEPS = 16
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     root = tmp_path_factory.mktemp("scenes")
-    write_ade20k(root, {"training": 24, "validation": 7})
+    write_tree(root, {"training": 24, "validation": 7})
     for split in ("training", "validation"):
         pack(str(root / f"images/{split}"), root / f"{split}_shards", format="ade20k", shard_size=10, seed=0, jobs=1)
     return [

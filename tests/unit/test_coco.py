@@ -12,6 +12,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from swinv2_scale.data import coco
+from swinv2_scale.data import scenes as written
 
 ROWS, COLUMNS = 40, 60
 IDS = [3, 5, 90]  # of categories, with gaps
@@ -286,3 +287,17 @@ def test_a_results_file_is_read_by_cocos_tools(tmp_path):
     published = COCO(str(tmp_path / "truth.json"))
     loaded = published.loadRes(str(tmp_path / "results.json"))
     assert np.array_equal(loaded.annToMask(loaded.loadAnns([1])[0]), mask)
+
+
+def test_scenes_are_written_as_cocos_files(tmp_path: Path) -> None:
+    """Boxes and masks of digits, as COCO's own code reads them."""
+    written.write_tree(tmp_path, {"training": 3})
+    file = tmp_path / "images/instances_training.json"
+    read = coco.read_annotations(file)
+    assert read.classes == written.CLASSES
+    theirs = COCO(str(file))
+    for record, scene in zip(read.records, written.scenes("training", 3), strict=True):
+        assert [one["label"] for one in record["annotations"]] == scene.labels.tolist()
+        for one, mask, box in zip(record["annotations"], scene.masks, scene.boxes, strict=True):
+            assert np.array_equal(theirs.annToMask(theirs.anns[one["id"]]), mask)
+            assert one["bbox"] == [box[0], box[1], box[2] - box[0], box[3] - box[1]] and one["area"] == mask.sum()

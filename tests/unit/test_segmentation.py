@@ -22,7 +22,7 @@ from swinv2_scale.data.images import CorruptSampleError, EncodedImage, EncodedMa
 from swinv2_scale.data.manifest import Manifest
 from swinv2_scale.data.mixture import Mixture
 from swinv2_scale.data.pack import pack
-from swinv2_scale.data.scenes import BACKGROUND, CLASSES, scenes, write_ade20k
+from swinv2_scale.data.scenes import BACKGROUND, CLASSES, scenes, write_tree
 from swinv2_scale.data.segmentation import (
     IGNORED,
     ClassCrop,
@@ -231,7 +231,7 @@ def test_bad_maps(content: bytes, message: str) -> None:
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("scenes") / "tree"
-    write_ade20k(root, {"training": 8, "validation": 4})
+    write_tree(root, {"training": 8, "validation": 4})
     return root
 
 
@@ -258,7 +258,7 @@ def test_scenes_are_exact() -> None:
 
 def test_a_tree_is_written_once_and_packed(tree: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds images already"):
-        write_ade20k(tree)
+        write_tree(tree)
     manifest = pack(str(tree / "images/training"), tmp_path / "shards", format="ade20k", shard_size=3, seed=0, jobs=1)
     assert manifest.classes == (*CLASSES, BACKGROUND) and len(manifest) == 8
     assert verify(manifest) == []
