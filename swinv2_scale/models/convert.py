@@ -22,6 +22,7 @@ from swinv2_scale.models.infer import Inferred, infer, windows_of
 from swinv2_scale.models.layouts import DERIVED, detect, to_released
 from swinv2_scale.models.simmim import SimMIM
 from swinv2_scale.models.swin_v2 import SwinTransformerV2
+from swinv2_scale.models.video import inflate, is_of_images
 
 # Parts that a model may have and a file may lack, and the other way round.
 OPTIONAL = re.compile(r"(encoder\.)?(head\.|mask_token$)|decoder\.")
@@ -109,19 +110,28 @@ def fitted(
 ) -> tuple[dict[str, Tensor], Report]:
     """A file's tensors as they fit a SwinTransformerV2 or a SimMIM, which may lie on the meta device; and a report.
 
-    What OPTIONAL lists may be missing or of another shape: then it stays fresh, and a head with a warning. Transferred
-    are: any window and image size, because the position bias is a function of coordinates, measured in units of the
-    windows that the file was pretrained at (it says so in its metadata or its tables; `pretrained_windows` overrides,
-    one per stage), which the model is set to; an absolute position embedding, bicubically; input channels, see
-    `fit_channels`; and a head of ImageNet-22K's 21,841 classes to ImageNet-1K's, see `fit_classes`. Tensors of
-    safetensors files are mapped: they are read when they are used. Raises ValueError for a file that cannot be read,
-    and for the checkpoint of another model, naming the first tensor that differs.
+    What OPTIONAL lists may be missing or of another shape: then it stays fresh, and a head with a warning.
+    Transferred are: any window and image size, because the position bias is a function of coordinates, measured in
+    units of the windows that the file was pretrained at (it says so in its metadata or its tables;
+    `pretrained_windows` overrides, one per stage), which the model is set to; an absolute position embedding,
+    bicubically; input channels, see `fit_channels`; a head of ImageNet-22K's 21,841 classes to ImageNet-1K's, see
+    `fit_classes`; and weights of images to a model of clips, see video.py. Tensors of safetensors files are mapped:
+    they are read when they are used. Raises ValueError for a file that cannot be read, and for the checkpoint of
+    another model, naming the first tensor that differs.
     """
     tensors, metadata, report = read_released(Path(path))
     own = dict(model.named_parameters())
     backbone = model.encoder if isinstance(model, SimMIM) else model
     assert isinstance(backbone, SwinTransformerV2)
     tensors = for_model(tensors, isinstance(model, SimMIM), report)
+    if backbone.patch_embed.frames is not None and is_of_images(tensors):
+        tensors = inflate(tensors, backbone.patch_embed.frames)
+        report.transferred.append("weights of images -> clips, position bias equal at all times")
+        if report.pretrained_windows is not None:  # the unit of time is the model's own
+            own_windows = backbone.pretrained_windows
+            report.pretrained_windows = [
+                [o[0], *r] for o, r in zip(own_windows, report.pretrained_windows, strict=True)
+            ]
     transfer(tensors, own, backbone, report)
     for name, tensor in tensors.items():
         if OPTIONAL.match(name) and not _fits(own.get(name), tensor):
