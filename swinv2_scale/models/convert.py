@@ -127,11 +127,6 @@ def fitted(
     if backbone.patch_embed.frames is not None and is_of_images(tensors):
         tensors = inflate(tensors, backbone.patch_embed.frames)
         report.transferred.append("weights of images -> clips, position bias equal at all times")
-        if report.pretrained_windows is not None:  # the unit of time is the model's own
-            own_windows = backbone.pretrained_windows
-            report.pretrained_windows = [
-                [o[0], *r] for o, r in zip(own_windows, report.pretrained_windows, strict=True)
-            ]
     transfer(tensors, own, backbone, report)
     for name, tensor in tensors.items():
         if OPTIONAL.match(name) and not _fits(own.get(name), tensor):
@@ -234,7 +229,12 @@ def transfer_windows(backbone: SwinTransformerV2, references: Sequence[Sequence[
     windows = backbone.windows
     if len(references) != len(windows):
         raise ValueError(f"pretrained_windows {references}: give one (rows, columns) for each of {len(windows)} stages")
-    backbone.pretrained_windows = report.pretrained_windows = [list(reference) for reference in references]
+    # Windows of images have no time, which is then measured in windows of the model.
+    report.pretrained_windows = [
+        [*own[: len(own) - len(reference)], *reference]
+        for own, reference in zip(backbone.pretrained_windows, references, strict=True)
+    ]
+    backbone.pretrained_windows = report.pretrained_windows
     if windows != report.pretrained_windows:
         report.transferred.append(f"position bias of windows {report.pretrained_windows} -> windows {windows}")
 

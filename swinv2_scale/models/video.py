@@ -1,4 +1,4 @@
-"""Swin V2 over clips, as the paper trains it on Kinetics-400 (https://arxiv.org/abs/2111.09883), from weights of images.
+"""Swin V2 over clips (Kinetics-400 in the paper, https://arxiv.org/abs/2111.09883), started from weights of images.
 
 SwinTransformerV2 with `frames` is that model: the modules of the image model, with a time axis T before rows Y and
 columns X. A clip is (B, in_channels, T, Y, X), a feature map (B, T/t, Y/s, X/s, C), t = patch_frames.
