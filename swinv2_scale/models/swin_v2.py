@@ -203,7 +203,7 @@ class SwinTransformerV2(nn.Module):
     weight_init: how fresh weights start, "released" or "research"; see initial.py.
     position_bias: how its coordinates are spaced, "log" or "linear" (position_bias.py).
     frames: null for images; a number, as image_size, for clips (B, in_channels, T, Y, X) of any T. A window then has
-    three values (time, rows, columns), in patches, and a patch has patch_frames frames (null: one); see video.py.
+    three values (time, rows, columns) or one for all, and a patch has patch_frames frames (null: one); see video.py.
     Raises ValueError for arguments that do not fit together.
     """
 
