@@ -23,6 +23,7 @@ here = Path(__file__).parent
 conf = ["swinv2_scale.conf"] + [f"swinv2_scale.conf.{path.name}" for path in (here / "conf").iterdir() if path.is_dir()]
 embed = ["pyarrow>=16"]
 s3 = ["s3fs>=2024.2"]
+detection = ["pycocotools>=2.0.8"]
 export = ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"]
 
 OLDEST_TORCH = (2, 10)  # the first whose stable ABI has what kernels/bindings.cpp uses
@@ -194,6 +195,7 @@ setup(
     ],
     extras_require={
         "demo": ["scikit-image>=0.24", "scikit-learn>=1.4"],
+        "detection": detection,
         "embed": embed,
         "export": export,
         "s3": s3,
@@ -213,6 +215,7 @@ setup(
             "mypy>=1.15",
             "types-PyYAML",
             "types-requests",
+            *detection,
             *embed,
             *export,
             *s3,

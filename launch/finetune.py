@@ -1,6 +1,7 @@
-"""Fine-tune for classification.
+"""Fine-tune for classification, or for segmentation with task=segmentation.
 
 deepspeed launch/finetune.py experiment=demo_classification checkpoint=runs/demo_simmim
+deepspeed launch/finetune.py experiment=demo_segmentation
 """
 
 import sys

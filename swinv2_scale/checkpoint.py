@@ -1,7 +1,8 @@
 """Checkpoints that resume a run: written whole or not at all, verified before they are used.
 
     RUN_DIR/checkpoints/step_00000400/
-        model.safetensors       float32 master weights in the released naming; metadata: model, pretrained_windows
+        model.safetensors       float32 master weights in the released naming, running statistics of batch norms;
+                                metadata: model, pretrained_windows
         optimizer.safetensors   exp_avg.<name>, exp_avg_sq.<name>
         ema.safetensors         averages of the weights, where they are kept: a file of weights like the first
         state.json              step, loss scale; seed, global batch and data hash; versions
@@ -20,6 +21,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from itertools import chain
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, NamedTuple
@@ -79,10 +81,10 @@ class Saver:
         begin = time.monotonic()
         self.wait()
         header = {key: json.dumps(value) for key, value in metadata.items()} | {"format": "pt"}
-        parts: dict[str, Part] = {"model": (engine.parameters(), header)}
+        parts: dict[str, Part] = {"model": (chain(engine.parameters(), engine.buffers()), header)}
         parts["optimizer"] = (engine.optimizer_state(), {"format": "pt"})
         if engine.has_averages:
-            parts["ema"] = (engine.averages(), header)
+            parts["ema"] = (chain(engine.averages(), engine.buffers()), header)
         state = {"step": step, "updates": engine.updates, "loss_scale": engine.loss_scale.state, **state}
         if engine.on_disk:  # no memory holds them all: training waits until they are written, one after the other
             if distributed.rank() == 0:
@@ -223,7 +225,7 @@ def restore(path: Path, engine: Engine, identity: dict[str, Any]) -> dict[str, A
                 f"checkpoint {path} was trained with {key}={state['identity'].get(key)}, not {value} as here: this run "
                 "cannot be continued. Restore the setting, or start another run (name=…) with checkpoint=…"
             )
-    expected = dict(engine.shapes())
+    expected = dict(engine.shapes()) | {name: tuple(buffer.shape) for name, buffer in engine.buffers()}
     with safe_open(path / "model.safetensors", framework="pt") as model:
         saved = {name: tuple(model.get_slice(name).get_shape()) for name in model.keys()}  # noqa: SIM118
         if saved != expected:

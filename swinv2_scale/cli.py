@@ -58,6 +58,10 @@ def _add_data(commands: Any) -> None:
     pack.add_argument("--jobs", type=int, help="processes; the shards do not depend on it; default: one per CPU")
     pack.set_defaults(run=_data_pack)
 
+    scenes = actions.add_parser("scenes", help="write photographs with digits on them, as ADE20K's directories")
+    scenes.add_argument("directory", type=Path, help="to create; then: data pack DIRECTORY/images/training …")
+    scenes.set_defaults(run=_data_scenes)
+
     index = actions.add_parser("index", help="write the manifest of tar shards that have none, from .idx files if any")
     index.add_argument("directory", type=Path)
     index.set_defaults(run=_data_index)
@@ -102,6 +106,14 @@ def _data_pack(arguments: argparse.Namespace) -> int:
     unnamed = "no classes" if manifest.highest_label is None else "classes: numbered"
     classes = named if manifest.classes else unnamed
     print(f"{len(manifest)} samples in {len(manifest.shards)} shard(s), {classes}: {manifest.root}")
+    return 0
+
+
+def _data_scenes(arguments: argparse.Namespace) -> int:
+    from swinv2_scale.data.scenes import COUNTS, write_ade20k
+
+    write_ade20k(arguments.directory)
+    print(f"{' and '.join(f'{number} for {split}' for split, number in COUNTS.items())}: {arguments.directory}")
     return 0
 
 

@@ -122,6 +122,11 @@ def sum_tensor(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def mean_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    """The mean of a tensor on this rank's device over all ranks, in its place; no collective where there is one."""
+    return tensor if world_size() == 1 else sum_tensor(tensor).div_(world_size())
+
+
 def max_over_ranks(values: dict[str, float]) -> dict[str, float]:
     """Maxima over all ranks, in float64. All ranks must pass the same keys."""
     return _reduced(values, dist.ReduceOp.MAX)

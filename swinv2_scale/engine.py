@@ -156,6 +156,8 @@ class Engine:
         if disk is None and distributed.device().type == "cpu":
             _keep_freed_memory()
         self._names = {parameter: name for name, parameter in model.named_parameters()}
+        own = set(self._names.values())
+        self._buffers = {name: buffer for name, buffer in model.state_dict().items() if name not in own}
         self._disk = disk
         if ema_decay is not None and "nvme" in str(ds_config["zero_optimization"].get("offload_optimizer")):
             raise ValueError("optim.ema_decay is not kept with parallel.offload=nvme: set one of them to null")
@@ -271,14 +273,21 @@ class Engine:
         for parameter, name in self._trainable():
             yield name, self._state(parameter, AVERAGE)
 
+    def buffers(self) -> Iterator[tuple[str, Tensor]]:
+        """What a model keeps beside its parameters (running statistics), float32 on the CPU; the same on all ranks."""
+        return ((name, buffer.to("cpu", torch.float32, copy=True)) for name, buffer in self._buffers.items())
+
     def load(self, parameter: Callable[[str], Tensor], state: Callable[[str], Tensor] | None, step: int) -> None:
-        """Set master weights and, unless state is None, optimiser states and averages from functions of their names.
+        """Set master weights, buffers and, unless state is None, optimiser states and averages, each from functions of
+        their names.
 
         The average of norm.weight is the state ema.norm.weight. step: optimiser steps applied so far, for Adam's bias
         correction.
         """
         self.updates = step
         with torch.no_grad():
+            for name, buffer in self._buffers.items():
+                buffer.copy_(parameter(name))
             for target, name in self._trainable():
                 self._set(target, parameter(name).to(distributed.device()), None)
                 if state is not None:
@@ -416,7 +425,7 @@ def build_engine(
     """
     on_meta = next(model.parameters()).is_meta
     if initial is None and not on_meta and precision != "fp32":
-        initial = {name: p.detach().clone() for name, p in model.named_parameters()}.__getitem__
+        initial = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}.__getitem__
     cast(model, precision)
     if on_meta:
         if ds_config["zero_optimization"]["stage"] == 3:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from swinv2_scale import config, distributed
 from swinv2_scale.engine import cast
 from swinv2_scale.models.convert import describe, load_checkpoint
 from swinv2_scale.run import open_held_out, print_on_rank_0, start_weights
-from swinv2_scale.train import Evaluation, Task, evaluate
+from swinv2_scale.train import Task, evaluate
 
 
 def evaluation(cfg: Any, argv: Sequence[str]) -> None:
@@ -22,7 +23,8 @@ def evaluation(cfg: Any, argv: Sequence[str]) -> None:
     # 1  the model: as the file says, as far as the command line does not
     file = start_weights(cfg.checkpoint)
     found, _ = describe(file)
-    cfg, origin = config.compose_saved("evaluate", argv, found.arguments, list(found.ambiguous))
+    saved = {**found.arguments, "num_classes": found.map_classes or found.arguments["num_classes"]}
+    cfg, origin = config.compose_saved("evaluate", argv, saved, list(found.ambiguous))
     print_on_rank_0(origin)
     task: Task = config.instantiate(cfg.task)
     model = task.build(cfg.model)
@@ -49,16 +51,21 @@ def evaluation(cfg: Any, argv: Sequence[str]) -> None:
         run_dir = Path(cfg.run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n")
-        if task.num_classes:
-            write_per_class(run_dir / "per_class.csv", task, outcome, manifest.classes or loaded.classes)
+        if columns := task.per_class(outcome):
+            write_per_class(run_dir / "per_class.csv", columns, manifest.classes or loaded.classes)
     print_on_rank_0(json.dumps(result, indent=1))
 
 
-def write_per_class(path: Path, task: Task, outcome: Evaluation, names: Sequence[str]) -> None:
-    """A line for each class: number, name (empty if unknown), samples, and the metrics (empty without samples)."""
+def write_per_class(path: Path, columns: dict[str, list[float]], names: Sequence[str]) -> None:
+    """A line for each class: number, name (empty if unknown), and the columns (empty for nan)."""
     with path.open("w", newline="", encoding="utf-8") as file:
         lines = csv.writer(file, lineterminator="\n")
-        lines.writerow(["class", "name", "samples", *task.metrics])
-        for number, (samples, *sums) in enumerate(outcome.per_class.tolist()):
-            means = [f"{value / samples:.6g}" if samples else "" for value in sums]
-            lines.writerow([number, names[number] if names else "", int(samples), *means])
+        lines.writerow(["class", "name", *columns])
+        for number, values in enumerate(zip(*columns.values(), strict=True)):
+            lines.writerow([number, names[number] if names else "", *map(_cell, values)])
+
+
+def _cell(value: float) -> str:
+    if math.isnan(value):
+        return ""
+    return str(int(value)) if value.is_integer() else f"{value:.6g}"

@@ -45,12 +45,18 @@ def layer_id(name: str, depths: Sequence[int]) -> int:
 
 
 def parameter_groups(
-    model: nn.Module, depths: Sequence[int], *, weight_decay: float, layer_decay: float | None
+    model: nn.Module,
+    depths: Sequence[int],
+    *,
+    weight_decay: float,
+    layer_decay: float | None,
+    encoder_scale: float = 1.0,
 ) -> list[dict[str, Any]]:
     """Optimiser groups that cover every trainable parameter once.
 
     depths: blocks per stage. layer_decay: the learning rate of layer i is scaled by layer_decay ** (last - i); None or
-    1 for one rate. Each group has params, names, weight_decay and lr_scale, by which `learning_rate` is multiplied.
+    1 for one rate. encoder_scale: the rates of a model's `encoder` are scaled by this too. Each group has params,
+    names, weight_decay and lr_scale, by which `learning_rate` is multiplied.
     """
     last = sum(depths) + 1
     groups: dict[tuple[bool, float], dict[str, Any]] = {}
@@ -59,6 +65,7 @@ def parameter_groups(
             continue
         decay = decays(name, parameter)
         scale = (layer_decay or 1.0) ** (last - layer_id(name, depths))
+        scale *= encoder_scale if name.startswith("encoder.") else 1.0
         group = groups.setdefault(
             (decay, scale),
             {"params": [], "names": [], "weight_decay": weight_decay if decay else 0.0, "lr_scale": scale},

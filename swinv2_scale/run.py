@@ -242,7 +242,8 @@ def open_model(
     # 3  memory policy, parameter groups, engine
     memory.apply(model, **cfg.memory)
     optim = cfg.optim
-    groups = parameter_groups(model, cfg.model.depths, weight_decay=optim.weight_decay, layer_decay=optim.layer_decay)
+    decay = {name: optim[name] for name in ("weight_decay", "layer_decay", "encoder_scale")}
+    groups = parameter_groups(model, cfg.model.depths, **decay)
     engine = build_engine(
         model,
         groups,
@@ -342,6 +343,7 @@ def open_stream(cfg: Any, task: Task, data: Mixture, order: Order, start: int, s
         start_step=start,
         stop_step=stop,
         max_corrupt_share=cfg.max_corrupt_share,
+        open_sample=task.open_sample,
     )
 
 
@@ -387,6 +389,7 @@ def open_held_out(cfg: Any, task: Task) -> tuple[Stream, Manifest] | None:
         world_size=distributed.world_size(),
         workers=cfg.workers,
         max_corrupt_share=cfg.max_corrupt_share,
+        open_sample=task.open_sample,
     )
     return stream, manifest
 

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Protocol
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from swinv2_scale import distributed
-from swinv2_scale.data.stream import Batch
+from swinv2_scale.data.stream import Batch, Open
 from swinv2_scale.engine import Engine
 from swinv2_scale.guard import Guard, Verdict
 from swinv2_scale.heartbeat import Heartbeat
@@ -29,7 +29,9 @@ class Task(Protocol):
     evaluation_transform: Callable[[dict[str, Any]], dict[str, Any]]
     train_collate: Callable[[list[dict[str, Any]]], Batch]
     evaluation_collate: Callable[[list[dict[str, Any]]], Batch]
+    open_sample: Open  # of a sample's members: all but its key
     metrics: tuple[str, ...]
+    tallies: dict[str, tuple[int, ...]]  # shapes of sums that are no means over samples, see `scores` and `derived`
     num_classes: int  # 0: samples have no class
     settings: dict[str, Any]  # what a held-out result depends on besides weights and data
 
@@ -46,7 +48,13 @@ class Task(Protocol):
         """Mean loss of a micro-batch: scalar."""
 
     def scores(self, model: Callable, batch: Batch) -> dict[str, Tensor]:
-        """Each of `metrics` for each sample of a held-out batch: (B,)."""
+        """Each of `metrics` for each sample of a held-out batch, (B,); each of `tallies`, summed over the batch."""
+
+    def derived(self, tallies: dict[str, Tensor]) -> dict[str, float]:
+        """Held-out results that follow from `tallies`, float64 and summed over all samples."""
+
+    def per_class(self, outcome: "Evaluation") -> dict[str, list[float]]:
+        """Columns of a table with a row for each class, nan where there is no value; {} where there is no table."""
 
     def pictures(self, model: nn.Module, batch: Batch, classes: Sequence[str]) -> tuple[str, list[Picture]]:
         """What the model makes of a held-out batch, to look at, and a name for the collection."""
@@ -135,6 +143,7 @@ def seeded(micro_batches: Iterable[Batch]) -> Iterator[Batch]:
 class Evaluation:
     """Means over `samples` held-out samples; `per_class`, float64 (classes, 1 + metrics): samples, sum of each metric.
 
+    tallies: the task's, float64, over all samples; what follows from them is among the means.
     images_per_second: of all ranks together, after their first batches; None where there were no others.
     """
 
@@ -142,6 +151,7 @@ class Evaluation:
     samples: int
     per_class: Tensor
     images_per_second: float | None
+    tallies: dict[str, Tensor] = field(default_factory=dict)
 
 
 def evaluate(model: nn.Module, task: Task, stream: Iterable[Batch], samples: int) -> Evaluation:
@@ -153,20 +163,27 @@ def evaluate(model: nn.Module, task: Task, stream: Iterable[Batch], samples: int
     table = torch.zeros(
         max(task.num_classes, 1), 1 + len(task.metrics), dtype=torch.float64, device=distributed.device()
     )
+    tallies = {
+        name: torch.zeros(shape, dtype=torch.float64, device=table.device) for name, shape in task.tallies.items()
+    }
     warm, begin = 0.0, time.perf_counter()
     with torch.inference_mode():
         for number, batch in enumerate(map(distributed.to_device, stream)):
             scores = {"samples": torch.ones_like(batch["label"]), **task.scores(model, batch)}
             rows = torch.stack([scores[name].double() for name in ("samples", *task.metrics)], dim=1)
             table.index_add_(0, batch["label"] if task.num_classes else torch.zeros_like(batch["label"]), rows)
+            for name in tallies:
+                tallies[name] += scores[name]
             if number == 0:  # the clock starts when it is through: .sum() waits for the device
                 warm, begin = float(table[:, 0].sum()), time.perf_counter()
     late, seconds = float(table[:, 0].sum()) - warm, time.perf_counter() - begin
     late = distributed.sum_over_ranks({"late": late})["late"]
     seconds = distributed.max_over_ranks({"seconds": seconds})["seconds"]
     table = distributed.sum_tensor(table).cpu()
+    tallies = {name: distributed.sum_tensor(tally).cpu() for name, tally in tallies.items()}
     count, *sums = table.sum(dim=0).tolist()
     if count != samples:
         raise RuntimeError(f"{count:.0f} samples were evaluated of {samples}: the result would not be that of the data")
     means = {name: total / count for name, total in zip(task.metrics, sums, strict=True)}
-    return Evaluation(means, samples, table, late / seconds if late else None)
+    means |= task.derived(tallies)
+    return Evaluation(means, samples, table, late / seconds if late else None, tallies)

@@ -9,7 +9,11 @@
     idx.py          manifests for shards that somebody else packed
     stream.py       the order of samples as a pure function, and the loader that follows it
     transforms.py   one sample -> one training example; samples -> a batch
+    segmentation.py the same for images with the class of each pixel
+    coco.py         COCO's annotations, results and evaluation
+    boxes.py        images with objects: joint transforms, pasting, batches
     demo.py         real images that ship inside scikit-image and scikit-learn
+    scenes.py       photographs with digits on them, for segmentation and detection
 
 Nothing here knows of models, engines or configuration files.
 """

@@ -27,7 +27,7 @@ _RESAMPLING = {
 
 
 class CorruptSampleError(ValueError):
-    """A sample that cannot be used: no image, an image that does not decode, or a class that does not exist."""
+    """A sample that cannot be used: no image, an image or map that does not decode, a class that does not exist."""
 
 
 class EncodedImage:
@@ -71,6 +71,30 @@ class EncodedImage:
             raise CorruptSampleError(f"image does not decode ({error})") from error
         box = (left / scale, top / scale, (left + width) / scale, (top + height) / scale)
         return F.pil_to_tensor(small.resize((size[1], size[0]), _RESAMPLING[interpolation], box=box))
+
+
+class EncodedMap:
+    """The bytes of a PNG whose values are numbers of classes, such as ADE20K's: 0 for none, c + 1 for class c."""
+
+    def __init__(self, content: bytes) -> None:
+        self.content = content
+
+    def values(self, classes: int = 0) -> torch.Tensor:
+        """uint8 (Y, X). Raises CorruptSampleError for what is no image of one value per pixel, and, unless `classes` is
+        0, for values above it; 255 is no class either.
+
+        Of a palette the indices are taken: the colours are only there to be looked at.
+        """
+        try:
+            with Image.open(io.BytesIO(self.content)) as picture:
+                if picture.mode not in ("L", "P"):
+                    raise ValueError(f"mode {picture.mode}; a map has one value of 8 bits per pixel")
+                values = np.array(picture)
+        except Exception as error:  # PIL's readers raise whatever their parsing runs into
+            raise CorruptSampleError(f"map of classes does not decode ({error})") from error
+        if classes and (strange := np.setdiff1d(values[values > classes], [255])).size:
+            raise CorruptSampleError(f"map of classes has the value {strange[0]}, and there are {classes} classes")
+        return torch.from_numpy(values)
 
 
 def decode(content: bytes) -> torch.Tensor:

@@ -21,12 +21,12 @@ import csv
 import io
 import json
 import logging
-from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 from swinv2_scale.data import demo
+from swinv2_scale.data.coco import read_annotations
 from swinv2_scale.data.folder import (
     IMAGE_EXTENSIONS,
     MASK_EXTENSION,
@@ -111,7 +111,7 @@ def coco(annotations: Path) -> Source:
 
     The categories' published ids, in the order of the classes, become `category_ids` of the origin. Images are looked
     for in the directory named like the file's last word (instances_train2017.json: train2017), beside the file or
-    beside its directory. Raises ValueError when an image is missing, or an annotation's image or category is unknown.
+    beside its directory. Raises ValueError when an image is missing, and as read_annotations does.
     """
     if annotations.suffix != ".json" or not annotations.is_file():
         raise ValueError(f"{annotations} is no COCO annotation file; give ROOT/annotations/instances_SPLIT.json")
@@ -122,40 +122,22 @@ def coco(annotations: Path) -> Source:
         raise ValueError(
             f"the images of {annotations} are neither in {places[0]} nor in {places[1]}; move or link them there"
         )
-    try:
-        content = json.loads(annotations.read_bytes())
-        categories = sorted(content["categories"], key=lambda category: category["id"])
-        ids = [category["id"] for category in categories]
-        items = _coco_items(content, {number: position for position, number in enumerate(ids)}, root, annotations)
-        return Source([category["name"] for category in categories], items, {"category_ids": ids})
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{annotations} is no COCO annotation file ({type(error).__name__}: {error}); get it again, or convert it"
-        ) from error
+    read = read_annotations(annotations)
+    return Source(read.classes, _coco_items(read.records, root, annotations), {"category_ids": read.category_ids})
 
 
-def _coco_items(content: dict[str, Any], labels: dict[int, int], root: Path, place: Path) -> list[Item]:
-    """The images of a parsed annotation file `place`; `labels` are by category id."""
-    known = {image["id"] for image in content["images"]}
-    of_image: dict[int, list[dict[str, Any]]] = defaultdict(list)
-    for annotation in content.get("annotations", ()):
-        if annotation["image_id"] not in known or annotation["category_id"] not in labels:
-            raise ValueError(
-                f"{place}: annotation {annotation['id']} is of image {annotation['image_id']} and category "
-                f"{annotation['category_id']}, which are not both in the file; it is damaged, get it again"
-            )
-        of_image[annotation["image_id"]].append({**annotation, "label": labels[annotation["category_id"]]})
+def _coco_items(records: list[dict[str, Any]], root: Path, place: Path) -> list[Item]:
+    """The images of an annotation file `place`, each with its record."""
     items: list[Item] = []
     taken: set[str] = set()
     missing: list[Path] = []
-    for image in content["images"]:
-        path = root / image["file_name"]
+    for record in records:
+        path = root / record["file_name"]
         if not path.is_file():
             missing.append(path)
-        facts = {"image_id": image["id"], **{key: image[key] for key in ("file_name", "width", "height")}}
-        text = json.dumps({**facts, "annotations": of_image[image["id"]]}, ensure_ascii=False)
+        text = json.dumps(record, ensure_ascii=False)
         members: dict[str, Path | bytes] = {path.suffix[1:].lower(): path, "json": text.encode()}
-        items.append(Item(sample_key(PurePath(image["file_name"]), taken), members))
+        items.append(Item(sample_key(PurePath(record["file_name"]), taken), members))
     if missing:
         raise ValueError(
             f"{len(missing)} of {len(items)} images of {place} are missing, the first {missing[0]}; "

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import track
 
 from swinv2_scale.data.folder import IMAGE_EXTENSIONS, MASK_EXTENSION, VIDEO_EXTENSIONS
-from swinv2_scale.data.images import CorruptSampleError, EncodedImage, decode
+from swinv2_scale.data.images import CorruptSampleError, EncodedImage, EncodedMap
 from swinv2_scale.data.manifest import Manifest, Shard, sha256_of, split_member
 from swinv2_scale.data.order import OPEN_SHARDS, mixing
 
@@ -79,6 +79,25 @@ def open_sample(members: dict[str, bytes], classes: Sequence[str]) -> tuple[Enco
         raise CorruptSampleError(f"no image among its members {sorted(members)}")
     label = decode_label(members, classes)
     return EncodedImage(members[extension]), label
+
+
+def labelled(members: dict[str, bytes], classes: Sequence[str]) -> dict[str, Any]:
+    """A sample of a picture and a class, as transforms take it: "image" and "label", as in open_sample."""
+    image, label = open_sample(members, classes)
+    return {"image": image, "label": label}
+
+
+def with_map(members: dict[str, bytes], classes: Sequence[str]) -> dict[str, Any]:
+    """A sample of a picture and the class of each of its pixels: "image", "map" (an EncodedMap), and "label", -1.
+
+    Raises CorruptSampleError for one without a map, and EncodedMap.values for a map that is no such thing.
+    """
+    image, _ = open_sample(members, ())
+    if MASK_EXTENSION not in members:
+        raise CorruptSampleError(
+            f"no map of classes among its members {sorted(members)}: it is called {MASK_EXTENSION}"
+        )
+    return {"image": image, "map": EncodedMap(members[MASK_EXTENSION]), "label": -1}
 
 
 def decode_label(members: dict[str, bytes], classes: Sequence[str]) -> int:
@@ -157,8 +176,10 @@ def _check_sample(members: dict[str, bytes], manifest: Manifest) -> tuple[tuple[
             height, width = facts["height"], facts["width"]
             labels = [annotation["label"] for annotation in facts["annotations"]]
         else:
-            height, width = decode(members[MASK_EXTENSION]).shape[1:]
-            labels = []
+            values = EncodedMap(members[MASK_EXTENSION]).values(len(manifest.classes))
+            (height, width), labels = values.shape, []
+    except CorruptSampleError:
+        raise
     except (KeyError, TypeError, ValueError) as error:
         raise CorruptSampleError(
             f"annotation is missing or does not decode ({type(error).__name__}: {error})"

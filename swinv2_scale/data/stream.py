@@ -8,7 +8,7 @@ A sample that cannot be used is replaced by the next one in the manifest that ca
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -22,13 +22,14 @@ from swinv2_scale.data.images import CorruptSampleError
 from swinv2_scale.data.manifest import Manifest
 from swinv2_scale.data.mixture import Mixture
 from swinv2_scale.data.order import Order
-from swinv2_scale.data.shards import open_sample, read_sample
+from swinv2_scale.data.shards import labelled, read_sample
 from swinv2_scale.data.sources import ReadError
 from swinv2_scale.data.transforms import Sample
 
 Batch = dict[str, Any]
 Transform = Callable[[Sample], Sample]
 Collate = Callable[[list[Sample]], Batch]
+Open = Callable[[dict[str, bytes], Sequence[str]], Sample]  # of a sample's members and the names of the classes
 
 _SUBSTITUTES = 100  # unusable samples in a row after which the data set, not a sample, is broken
 _JUDGED_AFTER = 1000  # samples; before, one bad file among few would already be a large share
@@ -109,6 +110,7 @@ def training_stream(
     start_step: int,
     stop_step: int | None,
     max_corrupt_share: float,
+    open_sample: Open = labelled,
 ) -> Stream:
     """This rank's micro-batches of the steps start_step … stop_step - 1, global_batch / (world x micro) for each step.
 
@@ -118,7 +120,8 @@ def training_stream(
     While iterating raises ValueError as `CorruptCounter` does, and OSError when a shard cannot be read.
     """
     batches = _TrainingBatches(order, rank, world_size, micro_batch, start_step, stop_step)
-    return _stream(data, transform, collate, batches, order.seed, rank, workers, max_corrupt_share)
+    samples = _Samples(data, open_sample, transform, order.seed, rank)
+    return _stream(samples, collate, batches, workers, max_corrupt_share)
 
 
 def evaluation_stream(
@@ -132,6 +135,7 @@ def evaluation_stream(
     world_size: int,
     workers: int,
     max_corrupt_share: float,
+    open_sample: Open = labelled,
 ) -> Stream:
     """This rank's share of every sample exactly once, in batches of at most `batch`; may be iterated repeatedly.
 
@@ -139,7 +143,8 @@ def evaluation_stream(
     fewer samples than ranks the last ranks yield none. The epoch of the samples' randomness is always 0.
     """
     batches = _evaluation_batches(len(manifest), batch, rank, world_size)
-    return _stream(Mixture((manifest,)), transform, collate, batches, seed, rank, workers, max_corrupt_share)
+    samples = _Samples(Mixture((manifest,)), open_sample, transform, seed, rank)
+    return _stream(samples, collate, batches, workers, max_corrupt_share)
 
 
 @dataclass(frozen=True)
@@ -174,8 +179,8 @@ def _evaluation_batches(samples: int, batch: int, rank: int, world_size: int) ->
 class _Samples(Dataset[Sample]):
     """Maps (epoch, index) to a transformed sample; runs in the workers."""
 
-    def __init__(self, data: Mixture, transform: Transform, seed: int, rank: int) -> None:
-        self.data, self.transform, self.seed, self.rank = data, transform, seed, rank
+    def __init__(self, data: Mixture, open_sample: Open, transform: Transform, seed: int, rank: int) -> None:
+        self.data, self.open_sample, self.transform, self.seed, self.rank = data, open_sample, transform, seed, rank
 
     def __getitem__(self, place: tuple[int, int]) -> Sample:
         epoch, index = place
@@ -186,8 +191,7 @@ class _Samples(Dataset[Sample]):
             key = f"sample {number}"
             try:
                 key, members = read_sample(manifest, number)
-                image, label = open_sample(members, manifest.classes)
-                sample = {"image": image, "label": label, "key": key, "corrupt": corrupt}
+                sample = {**self.open_sample(members, manifest.classes), "key": key, "corrupt": corrupt}
                 sample = self._transformed({**sample, "draw": draw(self.seed, epoch, key)})
             except CorruptSampleError as error:
                 # Only the sample that was asked for is listed: each corrupt one is counted once an epoch.
@@ -219,18 +223,9 @@ class _Samples(Dataset[Sample]):
             torch.set_rng_state(before)
 
 
-def _stream(
-    data: Mixture,
-    transform: Transform,
-    collate: Collate,
-    batches: Any,
-    seed: int,
-    rank: int,
-    workers: int,
-    max_corrupt_share: float,
-) -> Stream:
+def _stream(samples: _Samples, collate: Collate, batches: Any, workers: int, max_corrupt_share: float) -> Stream:
     loader: DataLoader[Batch] = DataLoader(
-        _Samples(data, transform, seed, rank),
+        samples,
         batch_sampler=batches,
         collate_fn=collate,
         num_workers=workers,
@@ -241,7 +236,7 @@ def _stream(
         # the training's random state by the mere act of evaluating, or of resuming.
         generator=torch.Generator(),
     )
-    return Stream(loader, CorruptCounter(max_corrupt_share, len(data)))
+    return Stream(loader, CorruptCounter(max_corrupt_share, len(samples.data)))
 
 
 def _outlast(_: int) -> None:

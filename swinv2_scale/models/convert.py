@@ -20,7 +20,6 @@ from swinv2_scale import distributed
 from swinv2_scale.models import inert_pickle
 from swinv2_scale.models.infer import Inferred, infer, windows_of
 from swinv2_scale.models.layouts import DERIVED, detect, to_released
-from swinv2_scale.models.simmim import SimMIM
 from swinv2_scale.models.swin_v2 import SwinTransformerV2
 from swinv2_scale.models.video import inflate, is_of_images
 
@@ -93,12 +92,12 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def load_checkpoint(
     model: nn.Module, path: str | Path, *, pretrained_windows: Sequence[Sequence[int]] | None = None
 ) -> Report:
-    """Load weights into a SwinTransformerV2 or a SimMIM, in place, and say what became of them; see `fitted`.
+    """Load weights into a SwinTransformerV2, SimMIM or UPerNet, in place, and say what became of them; see `fitted`.
 
     What the file lacks stays fresh. The model is unchanged if the file is refused.
     """
     tensors, report = fitted(model, path, pretrained_windows=pretrained_windows)
-    own = dict(model.named_parameters())
+    own = model.state_dict()
     with torch.no_grad():
         for name in report.loaded:
             own[name].copy_(tensors[name])
@@ -108,7 +107,7 @@ def load_checkpoint(
 def fitted(
     model: nn.Module, path: str | Path, *, pretrained_windows: Sequence[Sequence[int]] | None = None
 ) -> tuple[dict[str, Tensor], Report]:
-    """A file's tensors as they fit a SwinTransformerV2 or a SimMIM, which may lie on the meta device; and a report.
+    """A file's tensors as they fit a SwinTransformerV2, SimMIM or UPerNet, maybe on the meta device; and a report.
 
     What OPTIONAL lists may be missing or of another shape: then it stays fresh, and a head with a warning.
     Transferred are: any window and image size, because the position bias is a function of coordinates, measured in
@@ -120,10 +119,10 @@ def fitted(
     another model, naming the first tensor that differs.
     """
     tensors, metadata, report = read_released(Path(path))
-    own = dict(model.named_parameters())
-    backbone = model.encoder if isinstance(model, SimMIM) else model
+    own = model.state_dict()
+    backbone = model if isinstance(model, SwinTransformerV2) else model.encoder
     assert isinstance(backbone, SwinTransformerV2)
-    tensors = for_model(tensors, isinstance(model, SimMIM), report)
+    tensors = for_model(tensors, backbone is not model, report)
     if backbone.patch_embed.frames is not None and is_of_images(tensors):
         tensors = inflate(tensors, backbone.patch_embed.frames)
         report.transferred.append("weights of images -> clips, position bias equal at all times")
@@ -169,7 +168,7 @@ def describe(path: Path) -> tuple[Inferred, Report]:
         raise ValueError(f"checkpoint {path}: {error}") from error
     if "model" in metadata:
         saved = {key: value for key, value in json.loads(metadata["model"]).items() if key != "_target_"}
-        found = Inferred(saved | {"num_classes": found.arguments["num_classes"]})
+        found = Inferred(saved | {"num_classes": found.arguments["num_classes"]}, map_classes=found.map_classes)
     found.pretrained_windows = report.pretrained_windows
     return found, report
 
@@ -267,15 +266,15 @@ def fit_classes(tensor: Tensor, classes: Sequence[str]) -> Tensor:
     return torch.stack([mean if row is None else tensor[row] for row in source])
 
 
-def for_model(tensors: dict[str, Tensor], for_simmim: bool, report: Report) -> dict[str, Tensor]:
-    """The tensors with or without a SimMIM encoder's prefix, as the model has it."""
-    from_simmim = any(name.startswith("encoder.") for name in tensors)
-    if from_simmim and not for_simmim:
+def for_model(tensors: dict[str, Tensor], for_encoder: bool, report: Report) -> dict[str, Tensor]:
+    """The tensors with or without the prefix of an encoder (of a SimMIM, of a UPerNet), as the model has it."""
+    from_encoder = any(name.startswith("encoder.") for name in tensors)
+    if from_encoder and not for_encoder:
         report.renamed.append("encoder.* -> *")
         own = [name for name in tensors if not name.startswith("encoder.") or name == "encoder.mask_token"]
         report.dropped += own
         tensors = {name.removeprefix("encoder."): tensor for name, tensor in tensors.items() if name not in own}
-    elif for_simmim and not from_simmim:
+    elif for_encoder and not from_encoder:
         report.renamed.append("* -> encoder.*")
         tensors = {f"encoder.{name}": tensor for name, tensor in tensors.items()}
     return tensors

@@ -24,11 +24,13 @@ class Inferred:
     """Constructor arguments of SwinTransformerV2 that a file determines, and those that it leaves open, and why.
 
     `pretrained_windows`: per stage, the window in whose units the file's position bias measures; None if not known.
+    `map_classes`: of the classifier of pixels or boxes behind the model (upernet.py, detection/); 0 without one.
     """
 
     arguments: dict[str, Any]
     pretrained_windows: list[list[int]] | None = None
     ambiguous: dict[str, str] = field(default_factory=dict)
+    map_classes: int = 0
 
 
 def infer(released: Mapping[str, Tensor], raw: Mapping[str, Tensor]) -> Inferred:
@@ -58,6 +60,10 @@ def infer(released: Mapping[str, Tensor], raw: Mapping[str, Tensor]) -> Inferred
     if len(patch) == 5:
         arguments["patch_frames"] = patch[2]
         found.ambiguous["frames"] = "weights fit clips of any length"
+    if "decoder.classifier.weight" in tensors:
+        found.map_classes = len(tensors["decoder.classifier.weight"])
+    if "decoder.box_heads.0.classes.weight" in tensors:
+        found.map_classes = len(tensors["decoder.box_heads.0.classes.weight"]) - 1  # the last one is background
     _add_windows(found, raw)
     if "absolute_pos_embed" in tensors:
         side = math.isqrt(tensors["absolute_pos_embed"].shape[1])

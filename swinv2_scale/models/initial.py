@@ -18,14 +18,19 @@ SCHEMES = ("released", "research")
 #                -2 and 2, a hundred standard deviations away, and so never
 #   convolution  PyTorch's default: uniform within 1 / sqrt(inputs), the bias too
 #   block norm   0, so that every block starts as the identity; weights of scheme "research" 1e-5
-#   one, zero    weights of other norms, biases
+#   one, zero    weights of other norms, biases; running variances and means of batch norms
 #   log 10       logit_scale
+#   relu fan, fan   of detectors: variance 2 / inputs in front of a ReLU, 1 / inputs elsewhere
+#   small        of detectors: standard deviation 0.001, so that boxes start where they are proposed
 INITIAL = (
+    (r"^decoder\.neck\..*\.weight$", "fan"),
+    (r"^decoder\.(rpn|box_heads)\..*\.?(bbox_pred|deltas)\.weight$", "small"),
+    (r"^decoder\.(rpn|box_heads|mask_heads|semantic_head)\..*(conv(\.0\.0)?|larger|features)\.weight$", "relu fan"),
     (r"\.logit_scale$", "log 10"),
     (r"\.norm[12]\.(weight|bias)$", "block norm"),
-    (r"(^|\.)\w*norm\.weight$", "one"),
+    (r"(^|\.)\w*norm\.(weight|running_var)$", "one"),
     (r"(patch_embed\.proj|(^|\.)decoder\.0)\.(weight|bias)$", "convolution"),
-    (r"\.bias$|\.[qv]_bias$", "zero"),
+    (r"\.bias$|\.[qv]_bias$|\.running_mean$", "zero"),
     (r"\.weight$|(^|\.)(absolute_pos_embed|mask_token)$", "normal"),
 )
 
@@ -33,9 +38,9 @@ INITIAL = (
 def initial_value(
     name: str, shapes: Mapping[str, Sequence[int]], *, depths: Sequence[int], scheme: str, seed: int
 ) -> Tensor:
-    """The parameter `name` of a fresh model, float32 on the CPU.
+    """The parameter or buffer `name` of a fresh model, float32 on the CPU.
 
-    shapes: of all parameters. depths: blocks per stage. scheme "released", or "research": norm1 and norm2 start at
+    shapes: of all of them. depths: blocks per stage. scheme "released", or "research": norm1 and norm2 start at
     1e-5, and the weights of proj and fc2 are scaled down by sqrt(2 · block number). Raises ValueError for a name that
     no pattern of INITIAL covers.
     """
@@ -50,6 +55,11 @@ def initial_value(
     elif kind == "convolution":
         bound = 1 / math.sqrt(math.prod(shapes[f"{name.rpartition('.')[0]}.weight"][1:]))
         value.uniform_(-bound, bound, generator=generator)
+    elif kind in ("relu fan", "fan"):
+        gain = 2.0 if kind == "relu fan" else 1.0
+        value.normal_(std=math.sqrt(gain / math.prod(shapes[name][1:])), generator=generator)
+    elif kind == "small":
+        value.normal_(std=0.001, generator=generator)
     elif kind == "block norm":
         value.fill_(1e-5 if scheme == "research" and name.endswith("weight") else 0.0)
     else:
@@ -62,7 +72,7 @@ def initial_value(
 
 def initial_values(model: nn.Module, *, depths: Sequence[int], scheme: str, seed: int) -> Callable[[str], Tensor]:
     """`initial_value` of a model that may lie on the meta device, as a function of the name."""
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     return partial(initial_value, shapes=shapes, depths=depths, scheme=scheme, seed=seed)
 
 

@@ -2,7 +2,7 @@
 
 Pure functions between dictionaries of tensors: no files, no models. Layouts, and where they were read:
 
-    released      this project's SwinTransformerV2 and SimMIM, with the names of models/swin_transformer_v2.py in
+    released      this project's SwinTransformerV2, SimMIM, UPerNet, with the names of models/swin_transformer_v2.py in
                   https://github.com/microsoft/Swin-Transformer; research variants have rpe_mlp for cpb_mlp, and enorm
     timm          timm.models.swin_transformer_v2.SwinTransformerV2, 1.0.31: patch merging begins the next stage
     torchvision   torchvision.models.swin_transformer.SwinTransformer with SwinTransformerBlockV2 and PatchMergingV2,
@@ -48,7 +48,28 @@ BLOCK = (
 )
 STEM = ("patch_embed.proj.{p}", "patch_embed.norm.{p}")
 MERGING = ("reduction.weight", "norm.{p}")
-OWN = (  # what no other layout can express, mask_token and decoder excepted
+CONV_NORMS = ("levels.{s}.lateral", "levels.{s}.output", "pyramid.{s}", "bottleneck", "fuse", "auxiliary")
+UPERNET = (
+    "decoder.levels.{s}.norm.{p}",
+    *(f"decoder.{name}.{own}" for name in CONV_NORMS for own in ("conv.weight", "norm.{p}")),
+    *(f"decoder.{name}.norm.{own}" for name in CONV_NORMS for own in ("running_mean", "running_var")),
+    "decoder.classifier.{p}",
+    "decoder.auxiliary_classifier.{p}",
+)
+DETECTOR = (
+    *(f"decoder.attention.{name}" for name in BLOCK),
+    "decoder.outputs.{s}.norm.{p}",
+    *(f"decoder.neck.{name}_blocks.{{s}}.0.{{p}}" for name in ("inner", "layer")),
+    *(f"decoder.rpn.head.{name}.{{p}}" for name in ("conv.0.0", "cls_logits", "bbox_pred")),
+    "decoder.box_heads.{s}.convs.{b}.conv.weight",
+    *(f"decoder.box_heads.{{s}}.{name}.{{p}}" for name in ("convs.{b}.norm", "features", "classes", "deltas")),
+    *(f"decoder.mask_heads.{{s}}.{name}.{{p}}" for name in ("previous.conv", "convs.{b}.conv", "larger", "masks")),
+    *(f"decoder.semantic_head.{name}.conv.{{p}}" for name in ("laterals.{s}", "convs.{s}", "embedding")),
+    "decoder.semantic_head.classes.{p}",
+)
+OWN = (  # what no other layout can express, mask_token and decoder.0 excepted
+    *UPERNET,
+    *DETECTOR,
     "layers.{s}.blocks.{b}.enorm.{p}",
     "absolute_pos_embed",
     "mask_token",
@@ -161,9 +182,9 @@ def to_released(tensors: Mapping[str, Tensor], layout: str) -> dict[str, Tensor]
     """The same weights under released names. Wrappers' prefixes go, and so does what DERIVED matches.
 
     Tensors are those of the input except for what is computed (qkv of transformers, biases of torchvision). The whole
-    of a SimMIM keeps the prefix `encoder.`, and gains it when it comes from transformers; an encoder alone loses it.
-    Whether all tensors of a model are there is not checked. Raises ValueError for names that the layout does not have,
-    for two that mean the same, for half an attention, and for a key bias that is not zero.
+    of a SimMIM or UPerNet keeps the prefix `encoder.`, a SimMIM gains it when it comes from transformers; an encoder
+    alone loses it. Whether all tensors of a model are there is not checked. Raises ValueError for names that the layout
+    does not have, for two that mean the same, for half an attention, and for a key bias that is not zero.
     """
     _check(layout)
     tensors = {name: tensor for name, tensor in _unwrapped(tensors).items() if not DERIVED.search(name)}

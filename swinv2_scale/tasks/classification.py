@@ -1,17 +1,19 @@
 """Image classification: supervised pretraining and fine-tuning."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swinv2_scale.config import instantiate
+from swinv2_scale.data.shards import labelled
 from swinv2_scale.data.stream import Batch
 from swinv2_scale.data.transforms import EvaluationTransform, Mix, to_uint8
 from swinv2_scale.models.swin_v2 import SwinTransformerV2
 from swinv2_scale.telemetry import Picture
+from swinv2_scale.train import Evaluation
 
 
 class Classification:
@@ -21,7 +23,9 @@ class Classification:
     and those of their mirror images. Raises ValueError for fewer than two classes.
     """
 
+    open_sample = staticmethod(labelled)
     metrics = ("loss", "top1", "top5")
+    tallies: ClassVar[dict[str, tuple[int, ...]]] = {}
 
     def __init__(
         self,
@@ -76,19 +80,7 @@ class Classification:
                 f"has classes 0 to {self.num_classes - 1}: set model.num_classes to what it was trained with, or "
                 "rename the directories (and pack them again)"
             )
-        known = [list(names) for names in classes if names]
-        for names in known:
-            if len(names) != self.num_classes:
-                raise ValueError(
-                    f"the data has {len(names)} classes and the model {self.num_classes}: "
-                    f"set model.num_classes={len(names)}"
-                )
-            if names != known[0]:
-                odd = sorted(set(names) ^ set(known[0]))[:3] or "the same ones in another order"
-                raise ValueError(
-                    f"the data sets of training and evaluation number their classes differently ({odd}): pack all "
-                    "from trees with the same class directories"
-                )
+        check_class_names(self.num_classes, *classes)
 
     def loss(self, model: Callable, batch: Batch) -> Tensor:
         """Mean cross-entropy of the micro-batch, computed in float32."""
@@ -106,6 +98,16 @@ class Classification:
             "top5": best.any(dim=1),
         }
 
+    def derived(self, tallies: dict[str, Tensor]) -> dict[str, float]:
+        """Nothing but the means of `metrics`."""
+        return {}
+
+    def per_class(self, outcome: Evaluation) -> dict[str, list[float]]:
+        """The number of samples of each class, and the mean of each metric over them."""
+        samples, *sums = outcome.per_class.T
+        means = {name: (total / samples).tolist() for name, total in zip(self.metrics, sums, strict=True)}
+        return {"samples": samples.tolist(), **means}
+
     def pictures(self, model: nn.Module, batch: Batch, classes: Sequence[str]) -> tuple[str, list[Picture]]:
         """Up to 24 images of a held-out batch with what the model says, wrong ones first."""
         share, predicted = torch.softmax(model(batch["image"]).float(), dim=1).max(dim=1)
@@ -118,3 +120,19 @@ class Classification:
             Picture(to_uint8(batch["image"][i]), said[i] if right[i] else f"{said[i]}, is {is_class[i]}", right[i])
             for i in shown
         ]
+
+
+def check_class_names(num_classes: int, *classes: Sequence[str]) -> None:
+    """Raises ValueError unless all data whose classes have names have the same, as many as the model."""
+    known = [list(names) for names in classes if names]
+    for names in known:
+        if len(names) != num_classes:
+            raise ValueError(
+                f"the data has {len(names)} classes and the model {num_classes}: set model.num_classes={len(names)}"
+            )
+        if names != known[0]:
+            odd = sorted(set(names) ^ set(known[0]))[:3] or "the same ones in another order"
+            raise ValueError(
+                f"the data sets of training and evaluation number their classes differently ({odd}): pack all "
+                "from trees with the same class directories"
+            )

@@ -1,23 +1,27 @@
 """Masked image modelling (SimMIM): pretraining without labels."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from swinv2_scale.config import instantiate
+from swinv2_scale.data.shards import labelled
 from swinv2_scale.data.stream import Batch
 from swinv2_scale.data.transforms import SimMIMEvaluationTransform, collate, to_uint8
 from swinv2_scale.models.simmim import SimMIM
 from swinv2_scale.models.swin_v2 import PATCH, SwinTransformerV2
 from swinv2_scale.telemetry import Picture
+from swinv2_scale.train import Evaluation
 
 
 class MaskedImageModelling:
     """Reconstructs hidden pixels. norm_target_window: see models/simmim.py."""
 
+    open_sample = staticmethod(labelled)
     metrics = ("loss",)
+    tallies: ClassVar[dict[str, tuple[int, ...]]] = {}
     num_classes = 0
 
     def __init__(
@@ -48,6 +52,14 @@ class MaskedImageModelling:
     def scores(self, model: Callable, batch: Batch) -> dict[str, Tensor]:
         """The loss, (B,), the same for each: every image has equally many hidden pixels."""
         return {"loss": self.loss(model, batch).expand(len(batch["key"]))}
+
+    def derived(self, tallies: dict[str, Tensor]) -> dict[str, float]:
+        """Nothing but the mean loss."""
+        return {}
+
+    def per_class(self, outcome: Evaluation) -> dict[str, list[float]]:
+        """There are no classes."""
+        return {}
 
     def pictures(self, model: nn.Module, batch: Batch, classes: Sequence[str]) -> tuple[str, list[Picture]]:
         """Original, masked image and reconstruction side by side, for 8 images of a held-out batch."""

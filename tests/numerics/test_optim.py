@@ -68,3 +68,12 @@ def test_impossible_schedules_are_refused() -> None:
         Schedule(kind="exponential", warmup_steps=2, **values)
     with pytest.raises(ValueError, match="11 steps is longer than the run of 10"):
         Schedule(kind="cosine", warmup_steps=11, **values)
+
+
+def test_the_rate_of_an_encoder_is_scaled():
+    from tiny_detector import detector
+
+    groups = parameter_groups(detector(), [2, 2, 2, 2], weight_decay=0.05, layer_decay=None, encoder_scale=0.1)
+    scales = {name: group["lr_scale"] for group in groups for name in group["names"]}
+    assert {scale for name, scale in scales.items() if name.startswith("encoder.")} == {0.1}
+    assert {scale for name, scale in scales.items() if not name.startswith("encoder.")} == {1.0}

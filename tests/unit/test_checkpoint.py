@@ -89,6 +89,9 @@ class Trained:
 
     averages = parameters
 
+    def buffers(self) -> Iterator[tuple[str, torch.Tensor]]:
+        yield "norm.running_mean", torch.zeros(3)
+
     def optimizer_state(self) -> Iterator[tuple[str, torch.Tensor]]:
         yield "exp_avg.w", torch.ones(3)
 

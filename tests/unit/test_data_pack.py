@@ -200,6 +200,7 @@ def test_coco_errors(tmp_path):
 def test_verify_finds_what_is_wrong_with_a_coco_sample(tmp_path):
     source, content, _ = coco_source(tmp_path)
     content["images"][0]["width"] = 13
+    content["annotations"] = []  # whose masks tell it before anything is packed
     source.write_text(json.dumps(content))
     (problem,) = verify(packed(source, "coco"))
     assert "000000000009: image has 8 x 12 pixels, its annotation 8 x 13" in problem
@@ -211,7 +212,7 @@ def ade_source(root: Path) -> tuple[Path, dict[str, dict[str, bytes]]]:
         name = f"ADE_val_{number:08d}"
         mask = root / f"annotations/validation/{name}.png"
         mask.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(RANDOM.integers(0, 151, (7, 6), dtype=np.uint8)).save(mask)
+        Image.fromarray(RANDOM.integers(0, 3, (7, 6), dtype=np.uint8)).save(mask)
         samples[name] = {"jpg": picture(root / f"images/validation/{name}.jpg", 7, 6), "seg.png": mask.read_bytes()}
     (root / "objectInfo150.txt").write_text(
         "Idx\tRatio\tTrain\tVal\tStuff\tName\n1\t0.15\t11664\t1172\t1\twall\n2\t0.1\t6046\t612\t1\tbuilding, edifice\n"
@@ -228,8 +229,12 @@ def test_ade20k(tmp_path):
     Image.new("L", (5, 7)).save(source.parents[1] / "annotations/validation/ADE_val_00000001.png")
     (problem,) = verify(packed(source, "ade20k"))
     assert "ADE_val_00000001: image has 7 x 6 pixels, its annotation 7 x 5" in problem
+    Image.new("L", (6, 7), 3).save(source.parents[1] / "annotations/validation/ADE_val_00000001.png")
+    (problem,) = verify(packed(source, "ade20k"))
+    assert problem.endswith("ADE_val_00000001: map of classes has the value 3, and there are 2 classes")
     (source.parents[1] / "objectInfo150.txt").unlink()
-    assert packed(source, "ade20k").classes == ()
+    manifest = packed(source, "ade20k")
+    assert manifest.classes == () and verify(manifest) == []
     (source.parents[1] / "annotations/validation/ADE_val_00000002.png").unlink()
     with pytest.raises(ValueError, match=r"1 of 3 images have no mask, the first of them ADE_val_00000002.jpg"):
         packed(source, "ade20k")

@@ -70,14 +70,16 @@ def test_a_missing_or_repeated_sample_is_an_error(batches, model):
 def test_the_file_of_classes(tmp_path):
     table = torch.zeros(CLASSES, 4, dtype=torch.float64)
     table[0] = torch.tensor([4.0, 2.0, 1.0, 3.0])
-    outcome = Evaluation({}, 4, table, None)
-    write_per_class(tmp_path / "a.csv", classification(), outcome, ["tench, fish", *"bcdefg"])
-    assert (tmp_path / "a.csv").read_text().splitlines()[:3] == [
+    table[2] = torch.tensor([12_345_678.0, 0.0, 0.0, 0.0])
+    columns = classification().per_class(Evaluation({}, 4, table, None))
+    write_per_class(tmp_path / "a.csv", columns, ["tench, fish", *"bcdefg"])
+    assert (tmp_path / "a.csv").read_text().splitlines()[:4] == [
         "class,name,samples,loss,top1,top5",
         '0,"tench, fish",4,0.5,0.25,0.75',
         "1,b,0,,,",
+        "2,c,12345678,0,0,0",
     ]
-    write_per_class(tmp_path / "b.csv", classification(), outcome, [])
+    write_per_class(tmp_path / "b.csv", columns, [])
     assert (tmp_path / "b.csv").read_text().splitlines()[1] == "0,,4,0.5,0.25,0.75"
 
 

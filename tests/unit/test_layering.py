@@ -63,6 +63,7 @@ HOMES = {
     "skimage": "swinv2_scale/data/demo.py",
     "sklearn": "swinv2_scale/data/demo.py",
     "onnxruntime": "swinv2_scale/export.py",
+    "pycocotools": "swinv2_scale/data/coco.py",
     "pyarrow": "swinv2_scale/embed.py",
 }
 NEVER = {"timm", "apex", "mmcv", "matplotlib"}

@@ -1,0 +1,142 @@
+"""Photographs with handwritten digits on them: real pixels for detection and segmentation, with exact annotations.
+
+The photographs are scikit-image's and scikit-learn's, the digits scikit-learn's, each enlarged from 8 x 8 pixels,
+coloured, and pasted at a random place. Training and validation have other photographs and other digits. A pixel
+belongs to the digit that was painted on it last, and to nothing else: annotations are exact before JPEG.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from swinv2_scale.data import demo
+from swinv2_scale.data.images import decode
+
+CLASSES = [f"digit {number}" for number in range(10)]
+BACKGROUND = "photograph"  # of a semantic map: the class after the digits
+COUNTS = {"training": 240, "validation": 60}
+_SPLITS = {"training": "train", "validation": "validation"}  # as demo.py calls them
+_EDGES = (96, 224)  # pixels of a scene's sides, the second excluded
+_DIGITS = (2, 7)  # of a scene, the second excluded
+_SIZES = (24, 72)  # pixels of a digit's square before it is cut to its ink, the second excluded
+_INK = 0.45  # of an enlarged digit's 0 … 1, from which on a pixel is painted
+_VISIBLE = 0.5  # the share of a digit that must not be painted over, or else the new one goes elsewhere
+
+
+class Scene(NamedTuple):
+    """image uint8 (Y, X, 3); for each of N digits: label int64 (N,), mask bool (N, Y, X) of what is visible of it, box
+    float64 (N, 4) around that, left, top, right, bottom in pixels, the last two excluded."""
+
+    image: np.ndarray
+    labels: np.ndarray
+    masks: np.ndarray
+    boxes: np.ndarray
+
+    def semantic(self) -> np.ndarray:
+        """uint8 (Y, X) as ADE20K stores maps: 1 … 10 for digits 0 … 9, 11 for the photograph."""
+        values = np.full(self.image.shape[:2], len(CLASSES) + 1, np.uint8)
+        for label, mask in zip(self.labels, self.masks, strict=True):
+            values[mask] = label + 1
+        return values
+
+
+def scenes(split: str, number: int | None = None) -> Iterator[Scene]:
+    """The first `number` scenes of "training" or "validation", all COUNTS by default; the same on every machine.
+
+    Raises ValueError for other splits, and without the packages that the pictures come from.
+    """
+    if split not in _SPLITS:
+        raise ValueError(f"the scenes have no part {split!r}; choose one of {', '.join(_SPLITS)}")
+    photographs = [
+        path for n, path in enumerate(demo.photograph_files().values()) if (n % 4 == 2) == (split != "training")
+    ]
+    _, items = demo.digits(_SPLITS[split])
+    glyphs = [decode(bytes(item.members["png"]))[0].numpy() / 255.0 for item in items]
+    labels = [item.label for item in items]
+    random = np.random.Generator(np.random.Philox([0, len(split)]))
+    for index in range(COUNTS[split] if number is None else number):
+        background = _background(photographs[index % len(photographs)], random)
+        yield _painted(background, glyphs, np.array(labels), random)
+
+
+def write_ade20k(root: Path, numbers: dict[str, int] | None = None) -> None:
+    """Write scenes as a tree like ADEChallengeData2016: images, annotations, objectInfo150.txt (with 11 classes).
+
+    numbers: of scenes per split, COUNTS by default. Raises ValueError when there is such a tree already.
+    """
+    if (root / "images").exists():
+        raise ValueError(f"{root} holds images already: remove it, or choose another directory")
+    for split, number in (numbers or COUNTS).items():
+        images, maps = root / "images" / split, root / "annotations" / split
+        images.mkdir(parents=True)
+        maps.mkdir(parents=True)
+        for index, scene in enumerate(scenes(split, number)):
+            name = f"scene_{split}_{index:05d}"
+            Image.fromarray(scene.image).save(images / f"{name}.jpg", quality=95, subsampling=0)
+            Image.fromarray(scene.semantic()).save(maps / f"{name}.png")
+    names = [f"{number}\t-\t-\t-\t-\t{name}" for number, name in enumerate([*CLASSES, BACKGROUND], 1)]
+    (root / "objectInfo150.txt").write_text("\n".join(["Idx\tRatio\tTrain\tVal\tStuff\tName", *names]) + "\n")
+
+
+def _background(path: Path, random: np.random.Generator) -> np.ndarray:
+    """A random part of a photograph at half its size or more, uint8 (Y, X, 3)."""
+    with Image.open(path) as picture:
+        photograph = picture.convert("RGB")
+    shrink = random.uniform(1.0, 2.0)
+    height, width = (int(edge) for edge in random.integers(*_EDGES, size=2))
+    shrink = min(shrink, photograph.height / height, photograph.width / width)
+    across, down = int(width * shrink), int(height * shrink)
+    left = int(random.integers(photograph.width - across + 1))
+    top = int(random.integers(photograph.height - down + 1))
+    part = photograph.resize((width, height), Image.Resampling.BICUBIC, box=(left, top, left + across, top + down))
+    return np.array(part)
+
+
+def _painted(image: np.ndarray, glyphs: list[np.ndarray], classes: np.ndarray, random: np.random.Generator) -> Scene:
+    """A photograph with digits painted on it, in its place."""
+    masks: list[np.ndarray] = []
+    full: list[int] = []  # pixels of each digit before others covered it
+    labels: list[int] = []
+    for _ in range(int(random.integers(*_DIGITS))):
+        chosen = int(random.integers(len(glyphs)))
+        ink = _enlarged(glyphs[chosen], int(random.integers(*_SIZES)))
+        rows, columns = ink.shape
+        if rows > image.shape[0] or columns > image.shape[1]:
+            continue
+        top = int(random.integers(image.shape[0] - rows + 1))
+        left = int(random.integers(image.shape[1] - columns + 1))
+        mask = np.zeros(image.shape[:2], bool)
+        mask[top : top + rows, left : left + columns] = ink >= _INK
+        if any((own & ~mask).sum() < _VISIBLE * size for own, size in zip(masks, full, strict=True)):
+            continue
+        place = image[top : top + rows, left : left + columns]
+        colour = _contrasting(place.mean((0, 1)), random)
+        shade = (0.75 + 0.25 * ink)[..., None] * colour  # strokes are darker at their edges
+        place[ink >= _INK] = np.round(shade).astype(np.uint8)[ink >= _INK]
+        masks = [own & ~mask for own in masks] + [mask]
+        full.append(int(mask.sum()))
+        labels.append(int(classes[chosen]))
+    stacked = np.stack(masks) if masks else np.zeros((0, *image.shape[:2]), bool)
+    return Scene(image, np.array(labels, np.int64), stacked, np.array([_box(mask) for mask in masks]).reshape(-1, 4))
+
+
+def _enlarged(glyph: np.ndarray, size: int) -> np.ndarray:
+    """A digit (8, 8) as ink 0 … 1 in a square of `size` pixels, cut to where there is any."""
+    ink = np.array(Image.fromarray(glyph.astype(np.float32)).resize((size, size), Image.Resampling.BICUBIC)).clip(0, 1)
+    left, top, right, bottom = (int(edge) for edge in _box(ink >= _INK))
+    return ink[top:bottom, left:right]
+
+
+def _box(mask: np.ndarray) -> tuple[float, float, float, float]:
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    return float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)
+
+
+def _contrasting(background: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """A colour (3,) whose brightness is far from that of the background."""
+    colours = random.integers(0, 256, (16, 3)).astype(np.float64)
+    distance = np.abs(colours.mean(1) - background.mean())
+    return colours[int(distance.argmax())]
