@@ -140,10 +140,7 @@ class Engine:
         ema_decay: float | None = None,
         disk: MappedFile | None = None,
     ) -> None:
-        # DeepSpeed would clone the world with torch's default timeout in place of the run's.
-        deepspeed.utils.groups._WORLD_GROUP = distributed.world()
-        # The shared-memory collectives compile for a minute, leave 69 MB per run in /dev/shm, and are not needed.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        _join_ranks()
         self.model = model.to(distributed.device())
         self.accumulation = ds_config["gradient_accumulation_steps"]
         self.updates = 0  # steps that were applied
@@ -423,6 +420,7 @@ def build_engine(
     and one float32 parameter at a time. With `ema_decay` the master weights' exponential moving average is kept beside
     them.
     """
+    _join_ranks()
     on_meta = next(model.parameters()).is_meta
     if initial is None and not on_meta and precision != "fp32":
         initial = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}.__getitem__
@@ -438,6 +436,15 @@ def build_engine(
     if initial is not None:
         engine.load(initial, None, step=0)
     return engine
+
+
+def _join_ranks() -> None:
+    """Have DeepSpeed use the process group that is there; zero.Init, which may come first, would see a world of 1."""
+    # DeepSpeed would clone the world with torch's default timeout in place of the run's.
+    deepspeed.utils.groups._WORLD_GROUP = distributed.world()
+    # The shared-memory collectives compile for a minute, leave 69 MB per run in /dev/shm, and are not needed.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
 
 
 def _keep_freed_memory() -> None:

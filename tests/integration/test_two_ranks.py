@@ -34,11 +34,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
 FAULTS = {"nan": math.nan, "inf": math.inf, "zero": 0.0}
 
 
-def build(stage: int, precision: str, unused: bool = False, **changes: Any) -> Engine:
+def create(device: str = "cpu") -> torch.nn.Module:
     torch.manual_seed(0)
-    model = swinv2_scale.create_model(
-        "debug", embed_dim=16, depths=DEPTHS, num_heads=[1, 2, 2, 4], image_size=64, window_size=4, num_classes=5
-    )
+    with torch.device(device):
+        return swinv2_scale.create_model(
+            "debug", embed_dim=16, depths=DEPTHS, num_heads=[1, 2, 2, 4], image_size=64, window_size=4, num_classes=5
+        )
+
+
+def build(stage: int, precision: str, unused: bool = False, initial: Any = None, **changes: Any) -> Engine:
+    model = create("meta" if initial else "cpu")
     if unused:
         model.norm9 = torch.nn.LayerNorm(9)
     policy = {"stages": None, "every": 1, "attention": "auto", "attention_stages": None, "mlp_tokens": 0}
@@ -53,7 +58,8 @@ def build(stage: int, precision: str, unused: bool = False, **changes: Any) -> E
     )
     make = optimizer("adamw", implementation="auto", zero_stage=stage, offload=None, betas=(0.9, 0.999), eps=1e-8)
     groups = parameter_groups(model, DEPTHS, weight_decay=0.05, layer_decay=0.9)
-    return build_engine(model, groups, optimizer=make, precision=precision, ds_config=ds_config, ema_decay=0.9)
+    settings = {"precision": precision, "ds_config": ds_config, "ema_decay": 0.9, "initial": initial}
+    return build_engine(model, groups, optimizer=make, **settings)
 
 
 def batches(step: int) -> list[dict]:
@@ -128,8 +134,12 @@ def work(rank: int, port: int, file: Path) -> None:
     os.environ |= {"MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo", "TORCHDYNAMO_DISABLE": "1"}
     torch.set_num_threads(1)
     with distributed.process_group(2.0):
+        values = dict(create().named_parameters())  # before DeepSpeed has seen the ranks
+        first = dict(build(3, "bf16", initial=values.__getitem__).parameters())
+        same = [name for name, value in values.items() if torch.equal(first[name], value)]
         found: dict[Any, Any] = {combination: examine(*combination) for combination in COMBINATIONS}
         found["variants"] = {name: variant(name) for name in VARIANTS}
+        found["from meta"] = len(values) - len(same)
         if rank == 0:
             torch.save(found, file)
     distributed.end_process(0)
@@ -184,3 +194,7 @@ def test_flat_gradients_are_those_of_zero_1(name: str, bound: float, found: dict
     assert len(moments) > 80
     for key, value in moments.items():
         assert (other[key] - value).norm() <= bound * value.norm(), key
+
+
+def test_zero_3_gives_memory_to_a_model_without(found: dict) -> None:
+    assert found["from meta"] == 0
