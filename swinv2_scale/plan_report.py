@@ -131,8 +131,10 @@ def _facts(one: Planned) -> list[tuple[str, str]]:
     seconds = outcome["step_seconds"]
     total = sum(seconds.values())
     parts = ", ".join(f"{name} {value / total:.0%}" for name, value in seconds.items() if value)
+    *frames, rows, columns = plan.image_size
+    clip = f"{frames[0]} frames of " if frames else ""
     facts = [
-        ("model", f"{plan.parameters / 1e6:,.1f} M parameters, {plan.image_size[0]} x {plan.image_size[1]} pixels"),
+        ("model", f"{plan.parameters / 1e6:,.1f} M parameters, {clip}{rows} x {columns} pixels"),
         (
             "batch",
             f"{plan.global_batch} = {plan.micro_batch} x {plan.ranks} ranks x {plan.accumulation} accumulated; "

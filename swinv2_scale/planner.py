@@ -18,7 +18,7 @@ from swinv2_scale import config
 from swinv2_scale.models.accounting import block_flops, forward_flops
 from swinv2_scale.models.activations import activations
 from swinv2_scale.models.simmim import SimMIM
-from swinv2_scale.models.swin_v2 import PATCH, SwinTransformerV2
+from swinv2_scale.models.swin_v2 import SwinTransformerV2, stage_grid
 from swinv2_scale.parallel import batch_arithmetic
 
 GIB = 2**30
@@ -65,6 +65,7 @@ class Plan:
     activations_bytes   between forward and backward of a micro-batch, of which activations_by_part says where
     workspace_bytes     the most that one operation needs while it runs
     buffers_bytes       of communication: buckets; under ZeRO 3 also weights that are gathered
+    image_size          rows and columns; frames before them in a plan of clips
     batch_bytes         images and targets of a micro-batch
     backward_bytes, step_bytes   the two moments that can be the peak: within backward, within the optimiser's step
     host_bytes          offloaded activations and states, in the host's memory, host_states_bytes of them states
@@ -76,7 +77,7 @@ class Plan:
     micro_batch: int
     accumulation: int
     global_batch: int
-    image_size: tuple[int, int]
+    image_size: tuple[int, ...]
     precision: str
     zero_stage: int
     policy: dict[str, Any]
@@ -141,7 +142,6 @@ def plan(
     policy = config.plain(cfg.memory) if memory is None else memory
     images = cfg.micro_batch if micro_batch is None else micro_batch
     accumulation = batch_arithmetic(cfg.global_batch, images, ranks)
-    rows, columns = (size * PATCH for size in backbone.absolute_grid)
     parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     stage = cfg.parallel.zero_stage
     states = state_bytes(
@@ -160,8 +160,7 @@ def plan(
     found = activations(
         model,
         images=images,
-        rows=rows,
-        columns=columns,
+        size=backbone.input_size,
         precision=cfg.precision,
         device=device,
         memory=policy,
@@ -169,7 +168,7 @@ def plan(
     )
     buckets = _bucket_bytes(cfg, parameters)
     gathered = _gathered_bytes(cfg, parameters) if stage == 3 else 0.0
-    batch = images * rows * columns * backbone.patch_embed.proj.in_channels * 4.0
+    batch = images * math.prod(backbone.input_size) * backbone.patch_embed.proj.in_channels * 4.0
     if not isinstance(model, SimMIM) and isinstance(backbone.head, nn.Linear):
         batch += images * backbone.head.out_features * 4.0
     copied = states["weights"] * (stage in (1, 2) and device == "cpu" and ranks > 1)  # by gloo, which gathers them
@@ -177,14 +176,14 @@ def plan(
     waiting = 0.0 if lasting else states["gradients"]
     if stage == 1 and accumulation == 1 and cfg.parallel.overlap_comm and device != "cpu":
         waiting /= ranks  # those of other ranks go as they are reduced
-    flops = _flops(backbone, policy, rows, columns)
+    flops = _flops(backbone, policy)
     return Plan(
         parameters=parameters,
         ranks=ranks,
         micro_batch=images,
         accumulation=accumulation,
         global_batch=cfg.global_batch,
-        image_size=(rows, columns),
+        image_size=tuple(backbone.input_size),
         precision=cfg.precision,
         zero_stage=stage,
         policy=policy,
@@ -222,23 +221,21 @@ def _gathered_bytes(cfg: Any, parameters: int) -> float:
     return min(parameters, most) * (4.0 if cfg.precision == "fp32" else 2.0)
 
 
-def _flops(backbone: SwinTransformerV2, policy: dict[str, Any], rows: int, columns: int) -> dict[str, float]:
+def _flops(backbone: SwinTransformerV2, policy: dict[str, Any]) -> dict[str, float]:
     """Of one image: all of a forward pass, its attention, and what backward runs again."""
-    parts = forward_flops(backbone, rows, columns)
+    parts = forward_flops(backbone, *backbone.input_size)
     found = {"all": sum(parts.values()), "attention": parts["attention"], "again": 0.0, "attention again": 0.0}
     recomputed = range(len(backbone.layers)) if policy["stages"] is None else policy["stages"]
     sequential = range(len(backbone.layers)) if policy["attention_stages"] is None else policy["attention_stages"]
-    grid = [-(-rows // PATCH), -(-columns // PATCH)]
     for stage, blocks in enumerate(backbone.blocks()):
         for number, block in enumerate(blocks):
-            own = block_flops(block, grid)
+            own = block_flops(block, stage_grid(backbone.absolute_grid, stage))
             chosen = stage in recomputed and number % policy["every"] == 0
             whole = chosen and policy["activations"] in ("recompute", "offload")
             chunks = policy["attention"] == "sequential" and stage in sequential
             mlp = (policy["mlp_tokens"] > 0) + (chosen and policy["activations"] == "recompute_mlp")
             found["attention again"] += own["attention"] * (whole + chunks)
             found["again"] += sum(own.values()) * whole + own["attention"] * chunks + own["mlp"] * mlp
-        grid = [-(-side // 2) for side in grid]
     return found
 
 

@@ -20,7 +20,6 @@ from torch.profiler import ProfilerActivity, record_function
 from swinv2_scale.models.accounting import forward_flops
 from swinv2_scale.models.position_bias import PositionBias
 from swinv2_scale.models.swin_v2 import (
-    PATCH,
     LayerNorm,
     Mlp,
     PatchEmbed,
@@ -76,8 +75,7 @@ class Profiler:
         tell: Callable[[list[Part]], None],
     ) -> None:
         self._folder, self._tell, self._rate = run_dir / "profile", tell, matmul_rate
-        rows, columns = (size * PATCH for size in backbone.absolute_grid)
-        flops = forward_flops(backbone, rows, columns)
+        flops = forward_flops(backbone, *backbone.input_size)
         self._flops = {part: 3 * images * sum(flops[name] for name in names) for part, names in FLOPS.items()}
         for module in backbone.modules():
             if type(module) in PARTS:

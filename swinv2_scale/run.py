@@ -30,7 +30,6 @@ from swinv2_scale.models import accounting, memory
 from swinv2_scale.models.convert import fitted
 from swinv2_scale.models.initial import initial_values
 from swinv2_scale.models.probe import BlockProbe
-from swinv2_scale.models.swin_v2 import PATCH
 from swinv2_scale.ops import native, selfcheck
 from swinv2_scale.optim import Schedule, parameter_groups
 from swinv2_scale.parallel import PRECISIONS, deepspeed_config
@@ -109,10 +108,10 @@ def training(cfg: Any) -> None:
     run = Run(cfg, run_dir, task, model, engine, saver, guard, heartbeat, telemetry, identity, data.classes, held_out)
     # 5  the loop
     rate = accounting.matmul_rate(distributed.device(), PRECISIONS[cfg.precision])
-    rows, columns = (size * PATCH for size in task.backbone(model).absolute_grid)
+    backbone = task.backbone(model)
     telemetry.start(
         start,
-        flops_per_image=3 * sum(accounting.forward_flops(task.backbone(model), rows, columns).values()),
+        flops_per_image=3 * sum(accounting.forward_flops(backbone, *backbone.input_size).values()),
         flops_of_matmul=distributed.sum_over_ranks({"rate": rate})["rate"],
         world_size=distributed.world_size(),
         device=distributed.device().type,

@@ -13,7 +13,8 @@ __all__ = ["create_model", "load_checkpoint"]
 def create_model(
     size: str | None = None, *, checkpoint: str | Path | None = None, **arguments: Any
 ) -> SwinTransformerV2:
-    """A model of conf/model/{size}.yaml: debug, t, s, b, l, h, giant or g; with the weights of a file, if one is named.
+    """A model of conf/model/{size}.yaml: debug, t, s, b, l, h, giant or g, and of clips video_debug, video_t, video_b,
+    video_l or video_g; with the weights of a file, if one is named. Weights of images fit models of clips too.
 
     Without a size the model is the one that the file holds, as its metadata or its names and shapes tell. Any
     constructor argument of SwinTransformerV2 can be given by keyword, for example image_size=256, window_size=8,
@@ -38,7 +39,8 @@ def _model_of(path: Path, given: dict[str, Any]) -> SwinTransformerV2:
     The configuration out of a file goes to the constructor only: hydra would call whatever a `_target_` in it names.
     """
     found, _ = describe(path)
-    needed = [name for name in ("window_size", "image_size") if name not in {**found.arguments, **given}]
+    names = ["window_size", "image_size", *["frames"] * ("frames" in found.ambiguous)]
+    needed = [name for name in names if name not in {**found.arguments, **given}]
     if needed:
         reason = found.ambiguous.get(needed[0], "it does not say")
         raise ValueError(

@@ -1,32 +1,32 @@
 """What a model computes, from its shapes; and how fast a device multiplies matrices, to compare with."""
 
+import math
 import statistics
 import time
 from collections.abc import Sequence
 
 import torch
 
-from swinv2_scale.models.swin_v2 import PATCH, Block, SwinTransformerV2
+from swinv2_scale.models.swin_v2 import Block, SwinTransformerV2, stage_grid
 from swinv2_scale.ops.windows import fit_window, padded_grid
 
 
-def forward_flops(model: SwinTransformerV2, rows: int, columns: int) -> dict[str, float]:
+def forward_flops(model: SwinTransformerV2, *size: int) -> dict[str, float]:
     """Floating-point operations of one image's forward pass, by part: a multiplication and an addition are two.
 
+    size: rows and columns in pixels; of a model of clips frames, rows and columns.
     Matrix products only, as is usual; windows that reach beyond the map count whole. The network of the position bias
     runs once for a batch and is left out. A training step takes three times as many: backward is two passes.
     """
-    grid = [-(-rows // PATCH), -(-columns // PATCH)]
+    embedded = [-(-side // patch) for side, patch in zip(size, model.patch, strict=True)]
     parts = dict.fromkeys(("embedding", "projections", "attention", "mlp", "merging", "head"), 0.0)
-    in_channels = model.patch_embed.proj.in_channels
-    parts["embedding"] = 2.0 * grid[0] * grid[1] * in_channels * PATCH**2 * model.widths[0]
-    for stage, blocks, width in zip(model.layers, model.blocks(), model.widths, strict=True):
+    parts["embedding"] = 2.0 * math.prod(embedded) * model.patch_embed.proj.weight.numel()
+    for number, (stage, blocks, width) in enumerate(zip(model.layers, model.blocks(), model.widths, strict=True)):
         for block in blocks:
-            for part, flops in block_flops(block, grid).items():
+            for part, flops in block_flops(block, stage_grid(embedded, number)).items():
                 parts[part] += flops
         if stage.downsample is not None:
-            grid = [-(-side // 2) for side in grid]
-            parts["merging"] += 2.0 * grid[0] * grid[1] * 4 * width * 2 * width
+            parts["merging"] += 2.0 * math.prod(stage_grid(embedded, number + 1)) * 4 * width * 2 * width
     if isinstance(model.head, torch.nn.Linear):
         parts["head"] = 2.0 * model.head.in_features * model.head.out_features
     return parts
@@ -34,12 +34,11 @@ def forward_flops(model: SwinTransformerV2, rows: int, columns: int) -> dict[str
 
 def block_flops(block: Block, grid: Sequence[int]) -> dict[str, float]:
     """As forward_flops, of one block on a map of `grid` tokens."""
-    width, tokens = block.attn.qkv.in_features, grid[0] * grid[1]
+    width, tokens = block.attn.qkv.in_features, math.prod(grid)
     window, _ = fit_window(grid, block.window, block.shift)
-    padded = padded_grid(grid, window)
     return {
         "projections": 2.0 * tokens * width * 4 * width,
-        "attention": 2.0 * 2 * padded[0] * padded[1] * window[0] * window[1] * width,
+        "attention": 2.0 * 2 * math.prod(padded_grid(grid, window)) * math.prod(window) * width,
         "mlp": 2.0 * 2 * tokens * width * block.mlp.fc1.out_features,
     }
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from swinv2_scale.models.simmim import SimMIM
-from swinv2_scale.models.swin_v2 import PATCH, Block, SwinTransformerV2
+from swinv2_scale.models.swin_v2 import Block, SwinTransformerV2, stage_grid
 from swinv2_scale.ops import native
 from swinv2_scale.ops.cosine_window_attention import SEQUENTIAL_BYTES
 from swinv2_scale.ops.windows import fit_window, padded_grid
@@ -100,27 +100,27 @@ def activations(
     model: nn.Module,
     *,
     images: int,
-    rows: int,
-    columns: int,
+    size: Sequence[int],
     precision: str,
     device: str,
     memory: dict[str, Any],
     lasting_gradient: float,
 ) -> Activations:
-    """What a micro-batch of `images` of rows × columns pixels takes under a policy, the arguments of memory.apply.
+    """What a micro-batch of `images` takes under a policy, the arguments of memory.apply.
 
+    size              rows and columns in pixels; of a model of clips frames, rows and columns
     model             a SwinTransformerV2 or a SimMIM, also on the meta device
     device            "cpu" or "cuda", whose kernel's workspace is counted. On a CPU what is offloaded stays where it is
     lasting_gradient  bytes of each weight's gradient that its own backward adds to what lasts until the step
     """
     low = 4 if precision == "fp32" else 2
     found = Activations()
-    parts = units(model, images=images, rows=rows, columns=columns, low=low, device=device, memory=memory)
+    parts = units(model, images=images, size=size, low=low, device=device, memory=memory)
     for unit in parts:
-        size = unit.kept() if unit.policy == "keep" else unit.source + unit.pinned
+        kept = unit.kept() if unit.policy == "keep" else unit.source + unit.pinned
         on_host = unit.policy == "offload" and device != "cpu"
-        found.host += size if on_host else 0.0
-        found.kept[unit.name] = found.kept.get(unit.name, 0.0) + (0.0 if on_host else size)
+        found.host += kept if on_host else 0.0
+        found.kept[unit.name] = found.kept.get(unit.name, 0.0) + (0.0 if on_host else kept)
     walk = _Walk(found.total, gradient=low, lasting=lasting_gradient)
     for unit in reversed(parts):
         until_done = 0.0
@@ -186,22 +186,22 @@ def _first_keepers(ops: Sequence[Op]) -> dict[int, int]:
 
 
 def units(
-    model: nn.Module, *, images: int, rows: int, columns: int, low: int, device: str, memory: dict[str, Any]
+    model: nn.Module, *, images: int, size: Sequence[int], low: int, device: str, memory: dict[str, Any]
 ) -> list[Unit]:
     """The units of a model in the order of forward; low: bytes of an activation. Their names are parts of the table."""
     simmim = model if isinstance(model, SimMIM) else None
     backbone = simmim.encoder if simmim else model
     assert isinstance(backbone, SwinTransformerV2)
-    grid = [math.ceil(rows / PATCH), math.ceil(columns / PATCH)]
-    pixels = images * rows * columns * backbone.patch_embed.proj.in_channels
-    tokens = images * math.prod(grid)
+    embedded = [math.ceil(side / patch) for side, patch in zip(size, backbone.patch, strict=True)]
+    pixels = images * math.prod(size) * backbone.patch_embed.proj.in_channels
+    tokens = images * math.prod(embedded)
     # 1  embedding: images need no gradient, so its source is none
-    size = tokens * backbone.widths[0] * low
+    out = tokens * backbone.widths[0] * low
     weights = backbone.patch_embed.proj.weight.numel()
-    embed = [Op(size, extra=pixels * low * (low != EXACT), weights=weights, scratch=size)]
+    embed = [Op(out, extra=pixels * low * (low != EXACT), weights=weights, scratch=out)]
     embed += _norm(tokens, backbone.widths[0], low)
     if simmim:
-        embed.append(Op(size, extra=2 * tokens * low, scratch=size))
+        embed.append(Op(out, extra=2 * tokens * low, scratch=out))
     found = [Unit("embedding", 0.0, [Chain(embed)])]
     # 2  stages
     recomputed = memory["stages"] if memory["stages"] is not None else range(len(backbone.layers))
@@ -210,6 +210,7 @@ def units(
     for stage, (layer, blocks, width) in enumerate(
         zip(backbone.layers, backbone.blocks(), backbone.widths, strict=True)
     ):
+        grid = stage_grid(embedded, stage)
         for number, block in enumerate(blocks):
             chosen = stage in recomputed and number % memory["every"] == 0
             parts = math.prod(grid) * images if chosen and memory["activations"] == "recompute_mlp" else 0
@@ -225,17 +226,15 @@ def units(
             found.append(unit)
         if layer.downsample is not None:
             source = images * math.prod(grid) * width * low
-            padded = [side + side % 2 for side in grid]
-            grid = [side // 2 for side in padded]
-            whole, tokens = images * math.prod(padded) * width * low, images * math.prod(grid)
+            tokens = images * math.prod(stage_grid(embedded, stage + 1))
+            whole = 4 * tokens * width * low
             ops = [Op(whole), Op(whole / 2, True, weights=8 * width**2)]
             ops += _norm(tokens, 2 * width, low)
             found.append(Unit(f"stage {stage + 1}", source, [Chain(ops)]))
     # 3  head and loss
-    size = images * math.prod(grid) * backbone.widths[-1] * low
-    found.append(
-        Unit("head and loss", size, [Chain(_head(backbone, simmim, images, images * math.prod(grid), pixels, low))])
-    )
+    tokens = images * math.prod(grid)
+    head = _head(backbone, simmim, images, tokens, pixels, low)
+    found.append(Unit("head and loss", tokens * backbone.widths[-1] * low, [Chain(head)]))
     return found
 
 

@@ -21,6 +21,7 @@ from swinv2_scale.models import inert_pickle
 from swinv2_scale.models.infer import Inferred, infer, windows_of
 from swinv2_scale.models.layouts import DERIVED, detect, to_released
 from swinv2_scale.models.swin_v2 import SwinTransformerV2
+from swinv2_scale.models.video import inflate, is_of_images
 
 # Parts that a model may have and a file may lack, and the other way round.
 OPTIONAL = re.compile(r"(encoder\.)?(head\.|mask_token$)|decoder\.")
@@ -108,19 +109,23 @@ def fitted(
 ) -> tuple[dict[str, Tensor], Report]:
     """A file's tensors as they fit a SwinTransformerV2, SimMIM or UPerNet, maybe on the meta device; and a report.
 
-    What OPTIONAL lists may be missing or of another shape: then it stays fresh, and a head with a warning. Transferred
-    are: any window and image size, because the position bias is a function of coordinates, measured in units of the
-    windows that the file was pretrained at (it says so in its metadata or its tables; `pretrained_windows` overrides,
-    one per stage), which the model is set to; an absolute position embedding, bicubically; input channels, see
-    `fit_channels`; and a head of ImageNet-22K's 21,841 classes to ImageNet-1K's, see `fit_classes`. Tensors of
-    safetensors files are mapped: they are read when they are used. Raises ValueError for a file that cannot be read,
-    and for the checkpoint of another model, naming the first tensor that differs.
+    What OPTIONAL lists may be missing or of another shape: then it stays fresh, and a head with a warning.
+    Transferred are: any window and image size, because the position bias is a function of coordinates, measured in
+    units of the windows that the file was pretrained at (it says so in its metadata or its tables;
+    `pretrained_windows` overrides, one per stage), which the model is set to; an absolute position embedding,
+    bicubically; input channels, see `fit_channels`; a head of ImageNet-22K's 21,841 classes to ImageNet-1K's, see
+    `fit_classes`; and weights of images to a model of clips, see video.py. Tensors of safetensors files are mapped:
+    they are read when they are used. Raises ValueError for a file that cannot be read, and for the checkpoint of
+    another model, naming the first tensor that differs.
     """
     tensors, metadata, report = read_released(Path(path))
     own = model.state_dict()
     backbone = model if isinstance(model, SwinTransformerV2) else model.encoder
     assert isinstance(backbone, SwinTransformerV2)
     tensors = for_model(tensors, backbone is not model, report)
+    if backbone.patch_embed.frames is not None and is_of_images(tensors):
+        tensors = inflate(tensors, backbone.patch_embed.frames)
+        report.transferred.append("weights of images -> clips, position bias equal at all times")
     transfer(tensors, own, backbone, report)
     for name, tensor in tensors.items():
         if OPTIONAL.match(name) and not _fits(own.get(name), tensor):
@@ -223,7 +228,12 @@ def transfer_windows(backbone: SwinTransformerV2, references: Sequence[Sequence[
     windows = backbone.windows
     if len(references) != len(windows):
         raise ValueError(f"pretrained_windows {references}: give one (rows, columns) for each of {len(windows)} stages")
-    backbone.pretrained_windows = report.pretrained_windows = [list(reference) for reference in references]
+    # Windows of images have no time, which is then measured in windows of the model.
+    report.pretrained_windows = [
+        [*own[: len(own) - len(reference)], *reference]
+        for own, reference in zip(backbone.pretrained_windows, references, strict=True)
+    ]
+    backbone.pretrained_windows = report.pretrained_windows
     if windows != report.pretrained_windows:
         report.transferred.append(f"position bias of windows {report.pretrained_windows} -> windows {windows}")
 

@@ -40,7 +40,7 @@ def infer(released: Mapping[str, Tensor], raw: Mapping[str, Tensor]) -> Inferred
     """
     tensors = {name.removeprefix("encoder."): tensor for name, tensor in released.items()}
     patch = _shape(tensors, "patch_embed.proj.weight")
-    if patch[2:] != (PATCH, PATCH):
+    if patch[-2:] != (PATCH, PATCH):
         raise ValueError(f"patch_embed.proj.weight has shape {patch}: only patches of {PATCH}×{PATCH} pixels are known")
     places = {(int(match[1]), int(match[2])) for name in tensors if (match := BLOCK.match(name))}
     depths = [1 + max(b for s, b in places if s == stage) for stage in range(1 + max(s for s, _ in places))]
@@ -57,6 +57,9 @@ def infer(released: Mapping[str, Tensor], raw: Mapping[str, Tensor]) -> Inferred
         "num_classes": len(tensors["head.weight"]) if "head.weight" in tensors else 0,
     }
     found = Inferred(arguments)
+    if len(patch) == 5:
+        arguments["patch_frames"] = patch[2]
+        found.ambiguous["frames"] = "weights fit clips of any length"
     if "decoder.classifier.weight" in tensors:
         found.map_classes = len(tensors["decoder.classifier.weight"])
     if "decoder.box_heads.0.classes.weight" in tensors:

@@ -210,6 +210,8 @@ def from_released(tensors: Mapping[str, Tensor], layout: str) -> dict[str, Tenso
     tensors = to_released(tensors, "released")
     if layout == "released":
         return tensors
+    if any(name.endswith("patch_embed.proj.weight") and tensor.dim() > 4 for name, tensor in tensors.items()):
+        raise ValueError(f"the layout of {layout} has no models of clips: only the released names can express them")
     tensors = _renamed(tensors, _without_prefix(TASK_PREFIX["released"]))
     task = any(name.startswith(HEADS) for name in tensors)
     theirs = _mapped(_split(tensors, layout), layout, ROWS[layout])

@@ -19,6 +19,8 @@ class SimMIM(nn.Module):
         super().__init__()
         if not isinstance(encoder.head, nn.Identity):
             raise ValueError("SimMIM needs an encoder without classifier: build it with num_classes=0")
+        if encoder.patch_embed.frames is not None:
+            raise ValueError("SimMIM is for images: build its encoder with frames=null, and inflate it afterwards")
         if norm_target_window != 0 and (norm_target_window < 3 or norm_target_window % 2 == 0):
             raise ValueError(f"norm_target_window must be odd and 3 or more, or 0, got {norm_target_window}")
         self.encoder = encoder

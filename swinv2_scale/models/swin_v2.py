@@ -2,6 +2,7 @@
 
 The model knows nothing of training: activation checkpointing, sequential attention and precision are applied from
 outside. Feature maps stay (B, Y, X, C) throughout; B images, Y X rows and columns, C channels, H heads, D head width.
+Models of clips have a time axis T before Y, and are otherwise the same modules (video.py).
 
     SwinTransformerV2: patch_embed -> layers (stages) -> norm -> mean over the map -> head
     Stage:             blocks -> downsample (patch merging)
@@ -63,12 +64,12 @@ class DropPath(nn.Module):
 class WindowAttention(nn.Module):
     """Cosine attention inside windows with a continuous position bias. The key has no bias: it would turn k."""
 
-    def __init__(self, channels: int, num_heads: int, position_bias: str) -> None:
+    def __init__(self, channels: int, num_heads: int, axes: int, position_bias: str) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.implementation = "auto"  # of the operator; models/memory.py changes it
         self.logit_scale = nn.Parameter(torch.empty(num_heads, 1, 1))
-        self.cpb_mlp = PositionBias(num_heads, spacing=position_bias)
+        self.cpb_mlp = PositionBias(num_heads, axes, spacing=position_bias)
         self.qkv = nn.Linear(channels, 3 * channels, bias=False)
         self.q_bias = nn.Parameter(torch.empty(channels))
         self.v_bias = nn.Parameter(torch.empty(channels))
@@ -117,7 +118,7 @@ class Block(nn.Module):
         super().__init__()
         self.window, self.reference_window = list(window), list(reference)
         self.shift = [w // 2 if shifted else 0 for w in window]
-        self.attn = WindowAttention(channels, num_heads, position_bias)
+        self.attn = WindowAttention(channels, num_heads, len(window), position_bias)
         self.norm1 = PostNorm(channels)
         self.mlp = Mlp(channels, int(channels * mlp_ratio))
         self.norm2 = PostNorm(channels)
@@ -126,7 +127,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, Y, X, C) -> (B, Y, X, C)"""
-        window, shift = fit_window(x.shape[1:3], self.window, self.shift)
+        window, shift = fit_window(x.shape[1:-1], self.window, self.shift)
         x = self.norm1(x, self.attn(x, window, shift, self.reference_window), self.drop_path(x))
         x = self.norm2(x, self.mlp(x), self.drop_path(x))
         return self.enorm(x)
@@ -142,11 +143,11 @@ class PatchMerging(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, Y, X, C) -> (B, ceil(Y/2), ceil(X/2), 2C); an odd map gets a zero row or column at its end."""
-        rows, columns = x.shape[1:3]
+        rows, columns = x.shape[-3:-1]
         if rows % 2 or columns % 2:
             x = F.pad(x, (0, 0, 0, columns % 2, 0, rows % 2))
-        neighbours = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).permute(0, 1, 3, 4, 2, 5)  # B Y/2 X/2 column row C
-        return self.norm(self.reduction(neighbours.flatten(3)))
+        neighbours = x.unflatten(-2, (-1, 2)).unflatten(-4, (-1, 2)).movedim(-4, -2)  # B Y/2 X/2 column row C
+        return self.norm(self.reduction(neighbours.flatten(-3)))
 
 
 class Stage(nn.Module):
@@ -165,22 +166,32 @@ class Stage(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """4×4 patches to channels, then LayerNorm. The image is completed with zeros to a multiple of the patch."""
+    """4×4 patches to channels, then LayerNorm. The image is completed with zeros to a multiple of the patch.
 
-    def __init__(self, in_channels: int, channels: int) -> None:
+    frames: how many a patch of a clip has; the clip is completed with its last one. None: images, without time.
+    """
+
+    def __init__(self, in_channels: int, channels: int, frames: int | None = None) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(in_channels, channels, PATCH, PATCH)
+        self.frames = frames
+        self.proj: nn.Conv2d | nn.Conv3d
+        if frames is None:
+            self.proj = nn.Conv2d(in_channels, channels, PATCH, PATCH)
+        else:
+            self.proj = nn.Conv3d(in_channels, channels, (frames, PATCH, PATCH), (frames, PATCH, PATCH))
         self.norm = LayerNorm(channels)
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, in_channels, Y, X) -> (B, ceil(Y/4), ceil(X/4), C), in the type of the weights."""
-        if images.dim() != 4 or images.shape[1] != self.proj.in_channels:
-            expected = f"(B, {self.proj.in_channels}, Y, X)"
-            raise ValueError(f"images must be {expected}, got shape {tuple(images.shape)}; see in_channels")
-        rows, columns = images.shape[2:]
+        if images.dim() != self.proj.weight.dim() or images.shape[1] != self.proj.in_channels:
+            expected = f"(B, {self.proj.in_channels}, {'T, ' if self.frames else ''}Y, X)"
+            raise ValueError(f"images must be {expected}, got shape {tuple(images.shape)}; see in_channels and frames")
+        rows, columns = images.shape[-2:]
         if rows % PATCH or columns % PATCH:
             images = F.pad(images, (0, -columns % PATCH, 0, -rows % PATCH))
-        return self.norm(self.proj(images.to(self.proj.weight.dtype)).permute(0, 2, 3, 1))
+        if self.frames and images.shape[2] % self.frames:
+            images = F.pad(images, (0, 0, 0, 0, 0, -images.shape[2] % self.frames), mode="replicate")
+        return self.norm(self.proj(images.to(self.proj.weight.dtype)).movedim(1, -1))
 
 
 class SwinTransformerV2(nn.Module):
@@ -191,6 +202,8 @@ class SwinTransformerV2(nn.Module):
     shrink to it at run time, per axis, so any image size can be passed to forward.
     weight_init: how fresh weights start, "released" or "research"; see initial.py.
     position_bias: how its coordinates are spaced, "log" or "linear" (position_bias.py).
+    frames: null for images; a number, as image_size, for clips (B, in_channels, T, Y, X) of any T. A window then has
+    three values (time, rows, columns) or one for all, and a patch has patch_frames frames (null: one); see video.py.
     Raises ValueError for arguments that do not fit together.
     """
 
@@ -211,6 +224,8 @@ class SwinTransformerV2(nn.Module):
         image_size: int | Sequence[int],
         weight_init: str,
         position_bias: str = "log",
+        frames: int | None = None,
+        patch_frames: int | None = None,
     ) -> None:
         super().__init__()
         stages = len(depths)
@@ -222,21 +237,28 @@ class SwinTransformerV2(nn.Module):
         for width, heads in zip(self.widths, num_heads, strict=True):
             if width % heads:
                 raise ValueError(f"num_heads: {heads} does not divide the {width} channels of its stage")
-        grid = [math.ceil(size / PATCH) for size in _pair("image_size", image_size)]
-        windows = per_stage("window_size", window_size, stages)
+        size, self.patch = _per_axis("image_size", image_size, 2), [PATCH, PATCH]
+        if any(n is not None and n < 1 for n in (frames, patch_frames)) or (frames is None and patch_frames):
+            raise ValueError(f"frames {frames} and patch_frames {patch_frames} must be positive; for images, both null")
+        if frames is not None and absolute_pos_embed:
+            raise ValueError("absolute_pos_embed is for images: a model with frames needs absolute_pos_embed=false")
+        if frames is not None:
+            size, self.patch = [frames, *size], [patch_frames or 1, *self.patch]
+        grid = [math.ceil(s / p) for s, p in zip(size, self.patch, strict=True)]
+        windows = per_stage("window_size", window_size, stages, len(grid))
         references = None
         if pretrained_window_size is not None:
-            references = per_stage("pretrained_window_size", pretrained_window_size, stages)
+            references = per_stage("pretrained_window_size", pretrained_window_size, stages, len(grid))
         rates = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist()
 
-        self.patch_embed = PatchEmbed(in_channels, embed_dim)
+        self.patch_embed = PatchEmbed(in_channels, embed_dim, None if frames is None else self.patch[0])
         self.absolute_pos_embed = (
             nn.Parameter(torch.empty(1, math.prod(grid), embed_dim)) if absolute_pos_embed else None
         )
         self.absolute_grid = grid
         self.layers = nn.ModuleList()
         for i, depth in enumerate(depths):
-            fitted = [min(w, math.ceil(g / 2**i)) for w, g in zip(windows[i], grid, strict=True)]
+            fitted = [min(w, g) for w, g in zip(windows[i], stage_grid(grid, i), strict=True)]
             blocks = [
                 Block(
                     self.widths[i],
@@ -258,12 +280,15 @@ class SwinTransformerV2(nn.Module):
         init_weights(self, depths=depths, scheme=weight_init)
 
     @property
+    def input_size(self) -> list[int]:
+        """Rows and columns of image_size, in whole patches; frames before them where there are any."""
+        return [g * p for g, p in zip(self.absolute_grid, self.patch, strict=True)]
+
+    @property
     def windows(self) -> list[list[int]]:
         """Per stage, the window that blocks have at image_size; at another size it shrinks to the map by itself."""
-        sizes = [[math.ceil(g / 2**i) for g in self.absolute_grid] for i in range(len(self.layers))]
-        return [
-            fit_window(size, blocks[0].window, (0, 0))[0] for size, blocks in zip(sizes, self.blocks(), strict=True)
-        ]
+        first = [blocks[0] for blocks in self.blocks()]
+        return [fit_window(stage_grid(self.absolute_grid, i), b.window, b.shift)[0] for i, b in enumerate(first)]
 
     @property
     def pretrained_windows(self) -> list[list[int]]:
@@ -284,8 +309,8 @@ class SwinTransformerV2(nn.Module):
         """Embedded patches (B, Y/4, X/4, C) with their absolute position, if the model has one."""
         if self.absolute_pos_embed is None:
             return x
-        if list(x.shape[1:3]) != self.absolute_grid:
-            grid, size = tuple(x.shape[1:3]), [g * PATCH for g in self.absolute_grid]
+        if list(x.shape[1:-1]) != self.absolute_grid:
+            grid, size = tuple(x.shape[1:-1]), self.input_size
             raise ValueError(f"absolute_pos_embed fits images of {size} pixels only, got a map of {grid} patches")
         return x + self.absolute_pos_embed.unflatten(1, self.absolute_grid)
 
@@ -303,23 +328,30 @@ class SwinTransformerV2(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, in_channels, Y, X), any Y and X -> logits (B, num_classes), or pooled features when num_classes is 0."""
-        return self.head(self.norm(self.forward_features(images)[-1]).mean(dim=(1, 2)))
+        x = self.norm(self.forward_features(images)[-1])
+        return self.head(x.mean(dim=tuple(range(1, x.dim() - 1))))
 
 
-def per_stage(name: str, value: int | Sequence[int | Sequence[int]], stages: int) -> list[list[int]]:
-    """One (rows, columns) per stage, from an integer, a pair, or a list with one of either per stage.
+def stage_grid(grid: Sequence[int], stage: int) -> list[int]:
+    """Tokens per axis of a stage, the first being 0, from those of the embedding: merging halves rows and columns."""
+    return [*grid[:-2], *(math.ceil(g / 2**stage) for g in grid[-2:])]
 
-    Two integers for a model of two stages could mean either: they are a pair.
+
+def per_stage(name: str, value: int | Sequence[int | Sequence[int]], stages: int, axes: int = 2) -> list[list[int]]:
+    """A value per axis for each stage, from an integer, one per axis, or a list with one of either per stage.
+
+    As many integers as axes, for a model of as many stages, could mean either: they are one per axis.
     """
-    if isinstance(value, int) or (len(value) == 2 and all(isinstance(v, int) for v in value)):
-        return [_pair(name, value) for _ in range(stages)]  # type: ignore[arg-type]
+    if isinstance(value, int) or (len(value) == axes and all(isinstance(v, int) for v in value)):
+        return [_per_axis(name, value, axes) for _ in range(stages)]  # type: ignore[arg-type]
     if len(value) != stages:
-        raise ValueError(f"{name} {list(value)}: give an integer, a pair, or one of either for each of {stages} stages")
-    return [_pair(name, v) for v in value]
+        each = f"an integer, {axes} of them (one per axis), or one of either for each of {stages} stages"
+        raise ValueError(f"{name} {list(value)}: give {each}")
+    return [_per_axis(name, v, axes) for v in value]
 
 
-def _pair(name: str, value: int | Sequence[int]) -> list[int]:
-    pair = [value, value] if isinstance(value, int) else list(value)
-    if len(pair) != 2 or min(pair) < 1:
-        raise ValueError(f"{name}: expected a positive integer or a pair of them, got {value!r}")
-    return pair
+def _per_axis(name: str, value: int | Sequence[int], axes: int) -> list[int]:
+    values = [value] * axes if isinstance(value, int) else list(value)
+    if len(values) != axes or min(values) < 1:
+        raise ValueError(f"{name}: expected a positive integer or {axes} of them, one per axis, got {value!r}")
+    return values

@@ -381,7 +381,7 @@ def test_constructor_errors_reach_the_user_of_create_model(message, changes) -> 
     [
         ("'windw_size' is not an argument of the model. Did you mean 'window_size'?", "debug", {"windw_size": 8}),
         ("Did you mean 'drop_path_rate'?", "debug", {"drop_path": 0.2}),
-        ("model size 'tiny' is not one of b, debug, g, giant, h, l, s, t", "tiny", {}),
+        ("model size 'tiny' is not one of b, debug, g, giant, h, l, s, t, video_b", "tiny", {}),
         ("model size '_common' is not one of", "_common", {}),
     ],
 )

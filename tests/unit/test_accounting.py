@@ -36,6 +36,35 @@ def test_flops_are_those_that_are_counted(size: str, rows: int, columns: int, wi
     assert sum(forward_flops(model, rows, columns).values()) == per_image
 
 
+@pytest.mark.parametrize(
+    ("frames", "patch_frames", "window"), [(4, 1, [2, 4, 4]), (5, 2, [2, 7, 5]), (4, 2, [8, 8, 8])]
+)
+def test_flops_of_a_clip_are_those_that_are_counted(frames: int, patch_frames: int, window: list[int]) -> None:
+    clip = {"frames": frames, "patch_frames": patch_frames, "image_size": [52, 64], "window_size": window}
+    model = swinv2_scale.create_model("video_debug", **clip).eval()
+    for blocks in model.blocks():
+        for block in blocks:
+            block.attn.implementation = "reference"
+    with torch.no_grad():
+        one, two = FlopCounterMode(display=False), FlopCounterMode(display=False)
+        with one:
+            model(torch.zeros(1, 3, frames, 52, 64))
+        with two:
+            model(torch.zeros(2, 3, frames, 52, 64))
+    assert sum(forward_flops(model, frames, 52, 64).values()) == two.get_total_flops() - one.get_total_flops()
+
+
+@pytest.mark.parametrize(("size", "window"), [(256, 16), (320, 20), (384, 24)])
+def test_a_clip_costs_what_its_frames_cost_and_attention_over_time(size: int, window: int) -> None:
+    """Attention costs as many times more, with a window over all frames, as there are frames."""
+    with torch.device("meta"):
+        video = swinv2_scale.create_model("video_g", image_size=size, window_size=[8, window, window], num_classes=0)
+        image = swinv2_scale.create_model("g", image_size=size, window_size=window, num_classes=0)
+    clip, frame = forward_flops(video, 8, size, size), forward_flops(image, size, size)
+    assert clip.pop("attention") == pytest.approx(8 * 8 * frame.pop("attention"), rel=1e-12)
+    assert clip == pytest.approx({part: 8 * flops for part, flops in frame.items()}, rel=1e-12)
+
+
 @pytest.mark.parametrize(("size", "image", "window", "giga"), KNOWN)
 def test_multiplications_of_the_papers_models(size: str, image: int, window: int, giga: float) -> None:
     with torch.device("meta"):

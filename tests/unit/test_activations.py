@@ -52,17 +52,20 @@ def compare(
     size: int = 128,
     window: int = 8,
     extra_norm: int = 0,
+    frames: int | None = None,
 ) -> tuple[float, float]:
     """Planned over found, of what is kept and of the peak."""
     torch.manual_seed(0)
     changes = {"drop_path_rate": drop_path, "image_size": size, "window_size": window, "extra_norm_period": extra_norm}
+    changes |= {} if frames is None else {"frames": frames, "window_size": [2, window, window]}
+    whole = [*([] if frames is None else [frames]), size, size]
     model: torch.nn.Module = swinv2_scale.create_model(
         "debug", num_heads=[2, 4, 8, 16], num_classes=0 if simmim else 10, **changes
     )
     model = SimMIM(model, norm_target_window=0) if simmim else model  # type: ignore[arg-type]
     cast(model.train(), precision)
     memory.apply(model, **policy)
-    images, mask = torch.randn(4, 3, size, size), (torch.rand(4, size // 4, size // 4) > 0.5).float()
+    images, mask = torch.randn(4, 3, *whole), (torch.rand(4, size // 4, size // 4) > 0.5).float()
     target = torch.randn(4, 10).softmax(dim=1)
     with Live() as live:
         for tensor in (images, mask, target, *model.parameters()):
@@ -75,8 +78,7 @@ def compare(
     found = activations(
         model,
         images=4,
-        rows=size,
-        columns=size,
+        size=whole,
         precision=precision,
         device="cpu",
         memory=policy,
@@ -98,6 +100,9 @@ def test_every_policy_of_conf(name: str) -> None:
         ({}, {"precision": "fp32"}),
         ({}, {"drop_path": 0.2}),
         ({}, {"extra_norm": 2}),
+        ({}, {"frames": 4, "size": 64}),
+        ({"attention": "sequential", "activations": "recompute"}, {"frames": 4, "size": 64}),
+        ({"attention": "reference"}, {"frames": 3, "size": 64}),
         ({}, {"simmim": True}),
         ({"activations": "recompute"}, {"simmim": True, "drop_path": 0.2}),
         ({"activations": "recompute", "stages": [1, 2]}, {}),
@@ -118,7 +123,7 @@ def test_combinations(policy: dict[str, Any], changes: dict[str, Any]) -> None:
 
 def test_offloaded_inputs_lie_on_the_host_of_an_accelerator() -> None:
     model, policy = swinv2_scale.create_model("debug"), config.memory_policies()["offload"]
-    shape = {"images": 4, "rows": 128, "columns": 128, "precision": "bf16", "memory": policy, "lasting_gradient": 4.0}
+    shape = {"images": 4, "size": (128, 128), "precision": "bf16", "memory": policy, "lasting_gradient": 4.0}
     cpu, cuda = (activations(model, device=device, **shape) for device in ("cpu", "cuda"))  # type: ignore[arg-type]
     assert cpu.host == 0.0
     assert cuda.host > 0.0

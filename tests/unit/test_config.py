@@ -20,7 +20,7 @@ def test_launcher_arguments_are_removed() -> None:
     [
         (["experimnt=demo_simmim"], r"'experimnt' .* Did you mean 'experiment'\?"),
         (["experiment=demo_simmin"], r"experiment=demo_simmin: no such choice. Did you mean 'demo_simmim'\?"),
-        (["model=xl"], r"model=xl: no such choice.* Choices: b, debug, g, giant, h, l, s, t"),
+        (["model=xl"], r"model=xl: no such choice.* Choices: b, debug, g, giant, h, l, s, t, video_b"),
         ([*BASE, "optim.weigth_decay=0"], r"'optim.weigth_decay' .* Did you mean 'optim.weight_decay'\?"),
         ([*BASE, "lr=1"], r"'lr' .* Did you mean 'optim.lr'\?"),
         ([*BASE, "micro_batch"], r"'micro_batch' is not a setting: write key=value"),

@@ -41,6 +41,18 @@ def test_json_has_what_a_script_needs(capsys: pytest.CaptureFixture[str]) -> Non
     assert facts["search"][0]["memory"] == "none"  # all fits: nothing need be run again
 
 
+def test_a_plan_of_clips(capsys: pytest.CaptureFixture[str]) -> None:
+    settings = ["finetune", "checkpoint=a.safetensors", "model=video_debug", "data.validation=b"]
+    clips = planned(*settings).plan
+    images = planned(*settings, "model.frames=null", "model.window_size=4").plan
+    assert clips.image_size == (4, 64, 64) and images.image_size == (64, 64)
+    assert clips.batch_bytes > 3 * images.batch_bytes
+    assert clips.activations_bytes == pytest.approx(4 * images.activations_bytes, rel=0.2)
+    assert clips.flops_per_step == pytest.approx(4 * images.flops_per_step, rel=0.1)
+    assert main(["plan", *SMALL, *settings]) == 0
+    assert "4 frames of 64 x 64 pixels" in capsys.readouterr().out
+
+
 def test_bars_add_up_to_the_peak() -> None:
     for settings in ([], ["micro_batch=32"], ["parallel=zero3"], ["parallel=zero0", "precision=fp32"]):
         plan = planned(*settings).plan
