@@ -159,7 +159,7 @@ class _ResidualPostNorm(torch.autograd.Function):
             grad_y, affine = backward(grad.contiguous(), y, weight, keep, *statistics)
             return grad, grad_y, *affine, None
         of_branch = grad.to(weight.dtype)
-        of_branch = of_branch if keep is None else of_branch * _per_image(keep, y)
+        of_branch = of_branch if keep is None else (of_branch * _per_image(keep, y)).to(weight.dtype)
         backward = torch.ops.aten.native_layer_norm_backward
         grad_y, *affine = backward(of_branch, y.to(weight.dtype), weight.shape, *statistics, weight, bias, [True] * 3)
         return grad, grad_y.to(y.dtype), *affine, None

@@ -196,3 +196,13 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(RuntimeError, match="keep has 3 elements, not 4"):
         operators.residual_norm_forward(*[torch.randn(4, 16)] * 2, *[torch.randn(16)] * 2, torch.ones(3), 1e-5)
     assert operators.sum_rows(torch.randn(0, 16)).tolist() == [0.0] * 16
+
+
+def test_norms_whose_weights_are_of_16_bits_take_drop_path() -> None:
+    """Outside of the engine, which keeps them in float32."""
+    x, y = (torch.randn(2, 3, 16, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
+    weight, bias = (torch.ones(16, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
+    keep = torch.tensor([0.0, 1.25])
+    block.residual_post_norm(x, y, weight, bias, keep).float().sum().backward()
+    assert y.grad is not None and y.grad[0].abs().max() == 0 and bias.grad is not None
+    assert bias.grad[0] == 3 * 1.25
