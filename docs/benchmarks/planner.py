@@ -20,12 +20,9 @@ from typing import Any
 
 import torch
 from engine import MALLOC, resident
+from training_step import engine_of
 
 from swinv2_scale import config, distributed, planner
-from swinv2_scale.engine import build_engine, optimizer
-from swinv2_scale.models import memory
-from swinv2_scale.optim import parameter_groups
-from swinv2_scale.parallel import deepspeed_config
 
 SHAPES = "192/12/16,256/8/8,384/24/4,640/40/1,1024/32/1"
 GIB = 2**30
@@ -41,23 +38,7 @@ def configuration(model: str, image: int, window: int, batch: int, policy: str) 
 
 def steps(cfg: Any, number: int) -> None:
     """Steps on noise; the peak counts from the second."""
-    task = config.instantiate(cfg.task)
-    model = task.build(cfg.model)
-    memory.apply(model, **cfg.memory)
-    settings = {
-        "zero_stage": cfg.parallel.zero_stage,
-        "offload": None,
-        "betas": tuple(cfg.optim.betas),
-        "eps": cfg.optim.eps,
-    }
-    batch = {"global_batch": cfg.global_batch, "micro_batch": cfg.micro_batch, "world_size": 1}
-    engine = build_engine(
-        model,
-        parameter_groups(model, cfg.model.depths, weight_decay=0.05, layer_decay=None),
-        optimizer=optimizer("adamw", implementation="torch", **settings),
-        precision=cfg.precision,
-        ds_config=deepspeed_config(**batch, precision=cfg.precision, gradient_clip=5.0, **cfg.parallel),
-    )
+    engine, task = engine_of(cfg, cfg.micro_batch)
     images = torch.randn(cfg.micro_batch, 3, cfg.model.image_size, cfg.model.image_size)
     target = torch.randn(cfg.micro_batch, cfg.model.num_classes).softmax(dim=1)
     for step in range(number):
