@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from swinv2_scale.ops import native
 
 EPS = 1e-5  # of the norm
+TILES = "cpu" not in native.missing and torch.ops.swinv2_scale.has_weight_gradient()
 BF16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()  # products of oneDNN
 
 
@@ -94,6 +95,24 @@ def _gelu_backward(grad: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor
     return grad, F.gelu(hidden), grad.sum(0)
 
 
+def _parameter_gradients(
+    grad: Tensor, x: Tensor, for_weight: bool, for_bias: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """(n, C') and (n, C) -> (C', C) and (C',), the gradients of a weight and of a bias, of those that are wanted."""
+    if for_weight and _takes_tiles(grad, x):
+        of_weight, of_bias = torch.ops.swinv2_scale.weight_gradient(grad, x)
+        return of_weight, of_bias.to(grad.dtype) if for_bias else None
+    return grad.t() @ x if for_weight else None, _sum(grad) if for_bias else None
+
+
+def _takes_tiles(grad: Tensor, x: Tensor) -> bool:
+    """Whether the native product is there, and faster than PyTorch's: maps are long and narrow."""
+    if not TILES or grad.device.type != "cpu" or grad.dtype != torch.bfloat16:
+        return False
+    tokens, narrow = len(x), min(x.shape[1], grad.shape[1])
+    return x.shape[1] % 32 == 0 and grad.shape[1] % 32 == 0 and tokens >= 4 * narrow
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -106,10 +125,8 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         for_x, for_weight, for_bias = ctx.needs_input_grad
         grad = _rows(grad)
-        return (
-            (grad @ weight).view_as(x) if for_x else None,
-            grad.t() @ _rows(x) if for_weight else None,
-            _sum(grad) if for_bias else None,
+        return (grad @ weight).view_as(x) if for_x else None, *_parameter_gradients(
+            grad, _rows(x), for_weight, for_bias
         )
 
 
@@ -127,13 +144,10 @@ class _Mlp(torch.autograd.Function):
         for_x, for_weight1, for_bias1, for_weight2, for_bias2 = ctx.needs_input_grad
         grad = _rows(grad)
         grad_hidden, activated, sum_hidden = _gelu_backward(grad @ weight2, _rows(hidden))
-        return (
-            (grad_hidden @ weight1).view_as(x) if for_x else None,
-            grad_hidden.t() @ _rows(x) if for_weight1 else None,
-            sum_hidden if for_bias1 else None,
-            grad.t() @ activated if for_weight2 else None,
-            _sum(grad) if for_bias2 else None,
-        )
+        second = _parameter_gradients(grad, activated, for_weight2, for_bias2)
+        del activated
+        first, _ = _parameter_gradients(grad_hidden, _rows(x), for_weight1, False)
+        return (grad_hidden @ weight1).view_as(x) if for_x else None, first, sum_hidden if for_bias1 else None, *second
 
 
 class _ResidualPostNorm(torch.autograd.Function):

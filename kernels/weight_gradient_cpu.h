@@ -1,0 +1,29 @@
+// What bindings_weight_gradient.cpp knows of weight_gradient_cpu.cpp, which is compiled once per instruction set.
+
+#pragma once
+
+#include <cstdint>
+
+namespace swinv2_weight_gradient {
+
+// Maps are bfloat16, sums float32. Channels are multiples of 32.
+struct Call {
+  int64_t tokens, chunks;            // of tokens: each has a part of the sums
+  int outputs, inputs;               // channels of the layer
+  const void *grad, *x;              // (tokens, outputs), (tokens, inputs)
+  float *weight_parts, *bias_parts;  // (chunks, outputs · inputs), (chunks, outputs)
+  void* weight_grad;                 // (outputs, inputs), bfloat16
+};
+
+struct Kernel {
+  int64_t (*tasks)(const Call&);
+  void (*task)(const Call&, int64_t number);   // any order, any thread; after all of them
+  void (*add_parts)(const Call&, int64_t row);  // 16 rows of weight_grad
+};
+
+extern const Kernel portable;
+#if defined(__x86_64__)
+extern const Kernel avx2, avx512, avx512_bf16, amx_bf16;
+#endif
+
+}  // namespace swinv2_weight_gradient
