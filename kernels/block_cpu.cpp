@@ -88,10 +88,19 @@ template <class T>
 struct Normal {
   Vec<T> below, density;
 };
+// 1 / x, to 14 bits where the result is rounded to the 8 of bfloat16: a division takes a third of GELU's time.
+template <class Element>
+INLINE Vec<float> reciprocal(Vec<float> x) {
+#if defined(__AVX512F__)
+  if (__is_same(Element, BFloat16)) return (Vec<float>)_mm512_rcp14_ps((__m512)x);
+#endif
+  return 1.0f / x;
+}
 // erfc(t) · exp(t²) = u · polynomial(u) with u = 1 / (1 + 0.375 t): relative error 1.1e-8, fitted for t in 0 … 9.5.
+template <class Element>
 INLINE Normal<float> normal(Vec<float> x) {
   const Vec<float> bell = exp2(x * x * -0.7213475204444817f);  // exp(-x²/2)
-  const Vec<float> u = 1.0f / (1.0f + 0.26516504294495535f * (x < 0.0f ? -x : x));
+  const Vec<float> u = reciprocal<Element>(1.0f + 0.26516504294495535f * (x < 0.0f ? -x : x));
   Vec<float> y = splat(0.06169677283285434f);
   y = y * u - 0.2880761497730585f;
   y = y * u + 0.43389536800719564f;
@@ -104,6 +113,7 @@ INLINE Normal<float> normal(Vec<float> x) {
   const Vec<float> tail = 0.5f * u * y * bell;
   return {x < 0.0f ? tail : 1.0f - tail, bell * 0.3989422804014327f};
 }
+template <class Element>
 INLINE Normal<double> normal(Vec<double> x) {
   Normal<double> found;
   for (int i = 0; i < LANES<double>; ++i) {
@@ -119,7 +129,7 @@ void gelu_forward(const MapCall& call, int64_t first, int64_t last) {
   Element* out = static_cast<Element*>(call.out);
   for (int64_t i = first * call.channels; i < last * call.channels; i += LANES<T>) {
     const Vec<T> x = load_wide(h + i);
-    store_narrow(out + i, x * normal(x).below);
+    store_narrow(out + i, x * normal<Element>(x).below);
   }
 }
 
@@ -135,7 +145,7 @@ void gelu_backward(const MapCall& call, int64_t chunk) {
     Element *out = static_cast<Element*>(call.out) + at, *grad = static_cast<Element*>(call.grad) + at;
     for (int j = 0; j < call.channels; j += LANES<T>) {
       const Vec<T> x = load_wide(h + j);
-      const Normal<T> at_x = normal(x);
+      const Normal<T> at_x = normal<Element>(x);
       const Vec<T> slope = load_wide(grad + j) * (at_x.below + x * at_x.density);
       store_narrow(out + j, x * at_x.below);
       store_narrow(grad + j, slope);
