@@ -19,6 +19,8 @@ from torch.autograd.function import once_differentiable
 from swinv2_scale.ops import native
 
 EPS = 1e-5  # of the norm
+LARGE = 2**25  # elements of an image's hidden map; from there on one more pass pays for having two of them, not three
+PART = 2**12  # tokens
 TILES = "cpu" not in native.missing and torch.ops.swinv2_scale.has_weight_gradient()
 BF16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()  # products of oneDNN
 
@@ -87,12 +89,12 @@ def _gelu(hidden: Tensor) -> Tensor:
 
 
 def _gelu_backward(grad: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(n, C) twice -> the gradient of GELU's input, in the memory of `grad`; GELU's output; the sum of the first."""
+    """(n, C) twice -> the gradient of GELU's input, in the memory of `grad`; GELU's output; the first's sum, in float32
+    or wider."""
     if _is_native(hidden):
-        activated, total = torch.ops.swinv2_scale.gelu_backward(grad, hidden)
-        return grad, activated, total.to(hidden.dtype)
+        return grad, *torch.ops.swinv2_scale.gelu_backward(grad, hidden)
     torch.ops.aten.gelu_backward.grad_input(grad, hidden, grad_input=grad)
-    return grad, F.gelu(hidden), grad.sum(0)
+    return grad, F.gelu(hidden), grad.sum(0, dtype=torch.promote_types(grad.dtype, torch.float32))
 
 
 def _parameter_gradients(
@@ -142,12 +144,20 @@ class _Mlp(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, hidden, weight1, weight2 = ctx.saved_tensors
         for_x, for_weight1, for_bias1, for_weight2, for_bias2 = ctx.needs_input_grad
-        grad = _rows(grad)
-        grad_hidden, activated, sum_hidden = _gelu_backward(grad @ weight2, _rows(hidden))
-        second = _parameter_gradients(grad, activated, for_weight2, for_bias2)
-        del activated
+        large = hidden.numel() >= LARGE * len(hidden)
+        grad, hidden = _rows(grad), _rows(hidden)
+        if not large:  # one pass for GELU and its gradient
+            grad_hidden, activated, sum_hidden = _gelu_backward(grad @ weight2, hidden)
+            second = _parameter_gradients(grad, activated, for_weight2, for_bias2)
+            del activated
+        else:  # GELU is gone before its gradient comes
+            second = _parameter_gradients(grad, _gelu(hidden), for_weight2, for_bias2)
+            grad_hidden = grad @ weight2
+            parts = zip(grad_hidden.split(PART), hidden.split(PART), strict=True)
+            sum_hidden = torch.stack([_gelu_backward(*part)[2] for part in parts]).sum(0)
         first, _ = _parameter_gradients(grad_hidden, _rows(x), for_weight1, False)
-        return (grad_hidden @ weight1).view_as(x) if for_x else None, first, sum_hidden if for_bias1 else None, *second
+        for_hidden = sum_hidden.to(grad.dtype) if for_bias1 else None
+        return (grad_hidden @ weight1).view_as(x) if for_x else None, first, for_hidden, *second
 
 
 class _ResidualPostNorm(torch.autograd.Function):

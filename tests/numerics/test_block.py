@@ -96,6 +96,22 @@ def test_gradients_are_those_of_finite_differences(parts: str, name: str) -> Non
     torch.autograd.gradcheck(FUNCTIONS[name][0], leaves, fast_mode=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_large_hidden_map_is_in_memory_twice(parts: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And nothing changes but the order in which the first bias's gradient is summed."""
+    tensors = arguments("mlp", 48, dtype)
+    whole = results(block.mlp, tensors)
+    monkeypatch.setattr(block, "LARGE", 0)
+    monkeypatch.setattr(block, "PART", 32)
+    shapes: list[tuple[int, ...]] = []
+    gelu_backward = block._gelu_backward
+    monkeypatch.setattr(block, "_gelu_backward", lambda *maps: shapes.append(maps[0].shape) or gelu_backward(*maps))
+    found = results(block.mlp, tensors)
+    assert shapes == [(32, 96)] * 3 + [(9, 96)]
+    assert all(torch.equal(a, b) for i, (a, b) in enumerate(zip(found, whole, strict=True)) if i != 3)
+    assert error(found[3], whole[3].double()) <= 2 * torch.finfo(dtype).eps
+
+
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_frozen_weights_get_no_gradient(parts: str, name: str) -> None:
     x, *others = arguments(name, 32, torch.float32)
