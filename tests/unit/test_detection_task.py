@@ -124,7 +124,10 @@ def test_an_evaluation_of_a_model_counts_every_image_once(tmp_path):
     with pytest.raises(RuntimeError, match="2 samples were evaluated of 3"):
         evaluate(model, made, [batch([1, 2])], 3)
     name, pictures = made.pictures(model, batch([1, 2]), ["a", "b", "c"])
-    assert name == "detections" and [picture.image.shape for picture in pictures] == [(3, 64, 64)] * 2
+    assert name == "detections" and len(pictures) == 2
+    for picture in pictures:  # of 64 pixels, enlarged; prediction | truth
+        assert picture.image.shape == (3, 384, 2 * 384 + 8)
+        assert picture.wrong > 0 and picture.good is False and picture.caption.startswith("x.jpg: 1 of 1 missed, ")
     assert made.settings == {"image_size": 64, "scales": [1.0], "flip": True}
 
 
