@@ -26,6 +26,7 @@ def add(commands: Any) -> None:
     pack.add_argument("--format", default="imagefolder", help="default: %(default)s")
     pack.add_argument("--shard-size", default="256MB", help="bytes such as 256MB, or a number of samples")
     pack.add_argument("--seed", type=int, default=0, help="of the shuffle before packing")
+    pack.add_argument("--stuff", type=Path, metavar="DIR", help="with --format coco: maps of COCO-Stuff, NAME.png")
     pack.add_argument("--jobs", type=int, help="processes; the shards do not depend on it; default: one per CPU")
     pack.set_defaults(run=_pack)
 
@@ -72,6 +73,7 @@ def _pack(arguments: argparse.Namespace) -> int:
         shard_size=arguments.shard_size,
         seed=arguments.seed,
         jobs=arguments.jobs,
+        stuff=arguments.stuff,
     )
     named = f"{len(manifest.classes)} classes"
     unnamed = "no classes" if manifest.highest_label is None else "classes: numbered"

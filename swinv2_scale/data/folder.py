@@ -1,15 +1,26 @@
 """Plain folders of files, root/CLASS/…/picture.jpg: which samples they hold, and with which labels."""
 
 import logging
-from collections.abc import Collection
+import os
+from collections.abc import Collection, Mapping
 from pathlib import Path, PurePath
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 log = logging.getLogger(__name__)
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif", "ppm", "pgm")
 VIDEO_EXTENSIONS = ("mp4", "avi", "mkv", "webm")
 MASK_EXTENSION = "seg.png"  # of the member that holds the class of each pixel
+
+
+class File(Protocol):
+    """A path, or what makes contents out of that of one when they are written."""
+
+    def read_bytes(self) -> bytes:
+        """The contents. Raises OSError."""
+
+    def stat(self) -> os.stat_result:
+        """Of the file on disk, whose size and time tell whether it has changed. Raises OSError."""
 
 
 class Item(NamedTuple):
@@ -19,7 +30,7 @@ class Item(NamedTuple):
     """
 
     key: str
-    members: dict[str, Path | bytes]
+    members: Mapping[str, File | bytes]
     label: int | None = None
 
 

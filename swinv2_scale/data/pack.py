@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from swinv2_scale.data.folder import Item
+from swinv2_scale.data.folder import File, Item
 from swinv2_scale.data.layouts import read_source
 from swinv2_scale.data.manifest import HIGHEST_LABEL, MANIFEST_NAME, Manifest, open_manifest, write_manifest
 from swinv2_scale.data.order import shuffled
@@ -39,13 +39,20 @@ _OF_THE_SOURCE = ("files", HIGHEST_LABEL, "category_ids")  # what changes in an 
 
 
 def pack(
-    source: str, destination: Path, *, format: str, shard_size: int | str, seed: int, jobs: int | None = None
+    source: str,
+    destination: Path,
+    *,
+    format: str,
+    shard_size: int | str,
+    seed: int,
+    jobs: int | None = None,
+    stuff: Path | None = None,
 ) -> Manifest:
     """Packs `source` into shards in the directory `destination`, in `jobs` processes (default: one per usable CPU).
 
-    `format` is one of layouts.FORMATS, which says there what `source` is. `shard_size` is a number of samples, or bytes
-    such as "256MB". A destination that was packed from the same source, format, seed and shard size is left alone.
-    An interrupted packing goes on from its finished shards, unless the source has changed.
+    `format` is one of layouts.FORMATS, which says there what `source` and `stuff` are. `shard_size` is a number of
+    samples, or bytes such as "256MB". A destination that was packed from the same source, format, seed and shard size
+    is left alone. An interrupted packing goes on from its finished shards, unless the source has changed.
 
     Raises ValueError when the destination holds something else, the source is not as the format says, somebody else
     packs into the destination, or something cannot be read or written.
@@ -58,7 +65,7 @@ def pack(
     if format != "demo":
         source = str(Path(source).expanduser().resolve())
     destination = Path(destination).expanduser().absolute()
-    classes, items, facts = read_source(source, format)
+    classes, items, facts = read_source(source, format, stuff)
     if not items:
         raise ValueError(f"{source} lists no sample: there is nothing to pack; give a source that has some")
     origin = {"source": source, "format": format, "seed": seed, "shard_size": str(shard_size), **facts}
@@ -135,7 +142,7 @@ def parse_shard_size(text: int | str) -> tuple[int, bool]:
     return int(match[1]) * factor, match[2] != ""
 
 
-def _size_and_state(content: Path | bytes) -> tuple[int, bytes]:
+def _size_and_state(content: File | bytes) -> tuple[int, bytes]:
     """Bytes of a member, and what tells whether it has changed: size and time of a file, or the contents."""
     if isinstance(content, bytes):
         return len(content), content

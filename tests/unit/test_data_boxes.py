@@ -44,9 +44,9 @@ def sample(draw: int = 1, **kinds: bool) -> dict[str, Any]:
 
 
 def transform(
-    *, scale: tuple[float, float] = (1.0, 1.0), flip: float = 0.0, size: int = 90
+    *, scale: tuple[float, float] = (1.0, 1.0), flip: float = 0.0, size: int = 90, jitter: float = 0.0
 ) -> boxes.DetectionTransform:
-    return boxes.DetectionTransform(image_size=size, scale=scale, flip=flip, masks=True)
+    return boxes.DetectionTransform(image_size=size, scale=scale, flip=flip, masks=True, object_jitter=jitter)
 
 
 def coloured(image: torch.Tensor, label: int) -> torch.Tensor:
@@ -234,4 +234,4 @@ def test_samples_that_cannot_be_used():
 @pytest.mark.parametrize("scale", [[0.1], [0.0, 1.0], [2.0, 1.0]])
 def test_factors_that_are_none(scale):
     with pytest.raises(ValueError, match="must be two factors above 0"):
-        boxes.DetectionTransform(image_size=64, scale=scale, flip=0.5, masks=True)
+        boxes.DetectionTransform(image_size=64, scale=scale, flip=0.5, masks=True, object_jitter=0.0)
