@@ -1,26 +1,15 @@
 """Plain folders of files, root/CLASS/…/picture.jpg: which samples they hold, and with which labels."""
 
 import logging
-import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path, PurePath
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 log = logging.getLogger(__name__)
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif", "ppm", "pgm")
 VIDEO_EXTENSIONS = ("mp4", "avi", "mkv", "webm")
 MASK_EXTENSION = "seg.png"  # of the member that holds the class of each pixel
-
-
-class File(Protocol):
-    """A path, or what makes contents out of that of one when they are written."""
-
-    def read_bytes(self) -> bytes:
-        """The contents. Raises OSError."""
-
-    def stat(self) -> os.stat_result:
-        """Of the file on disk, whose size and time tell whether it has changed. Raises OSError."""
 
 
 class Item(NamedTuple):
@@ -30,7 +19,7 @@ class Item(NamedTuple):
     """
 
     key: str
-    members: Mapping[str, File | bytes]
+    members: dict[str, Path | bytes]
     label: int | None = None
 
 

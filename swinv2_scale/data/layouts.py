@@ -23,9 +23,8 @@ import csv
 import io
 import json
 import logging
-import os
 from collections.abc import Iterator
-from pathlib import Path, PurePath
+from pathlib import Path, PosixPath, PurePath
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -58,25 +57,15 @@ class Source(NamedTuple):
     facts: dict[str, Any] = {}  # noqa: RUF012  # never changed
 
 
-class StuffMap:
-    """A map of COCO-Stuff as packed data has maps: of the value c becomes c + 1, and of 255, no class, 0."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __str__(self) -> str:
-        return str(self.path)
-
-    def stat(self) -> os.stat_result:
-        """Of the map as published."""
-        return self.path.stat()
+class StuffMap(PosixPath):
+    """The file of a map of COCO-Stuff, which is read as packed data has maps: the value c as c + 1, 255, none, as 0."""
 
     def read_bytes(self) -> bytes:
         """A PNG. Raises ValueError for what is no image of one value of 8 bits per pixel."""
         try:
-            values = EncodedMap(self.path.read_bytes()).values().numpy()
+            values = EncodedMap(super().read_bytes()).values().numpy()
         except CorruptSampleError as error:
-            raise ValueError(f"{self.path}: {error}; get the map again, or remove it") from error
+            raise ValueError(f"{self}: {error}; get the map again, or remove it") from error
         buffer = io.BytesIO()
         Image.fromarray(values + np.uint8(1)).save(buffer, "PNG")  # in eight bits 255 + 1 is 0
         return buffer.getvalue()

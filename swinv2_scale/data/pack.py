@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from swinv2_scale.data.folder import File, Item
+from swinv2_scale.data.folder import Item
 from swinv2_scale.data.layouts import read_source
 from swinv2_scale.data.manifest import HIGHEST_LABEL, MANIFEST_NAME, Manifest, open_manifest, write_manifest
 from swinv2_scale.data.order import shuffled
@@ -142,7 +142,7 @@ def parse_shard_size(text: int | str) -> tuple[int, bool]:
     return int(match[1]) * factor, match[2] != ""
 
 
-def _size_and_state(content: File | bytes) -> tuple[int, bytes]:
+def _size_and_state(content: Path | bytes) -> tuple[int, bytes]:
     """Bytes of a member, and what tells whether it has changed: size and time of a file, or the contents."""
     if isinstance(content, bytes):
         return len(content), content

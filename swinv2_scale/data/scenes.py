@@ -55,8 +55,7 @@ def scenes(split: str, number: int | None = None) -> Iterator[Scene]:
         path for n, path in enumerate(demo.photograph_files().values()) if (n % 4 == 2) == (split != "training")
     ]
     _, items = demo.digits(_SPLITS[split])
-    contents = [content for item in items if isinstance(content := item.members["png"], bytes)]
-    glyphs = [decode(content)[0].numpy() / 255.0 for content in contents]
+    glyphs = [decode(bytes(item.members["png"]))[0].numpy() / 255.0 for item in items]
     labels = [item.label for item in items]
     random = np.random.Generator(np.random.Philox([0, len(split)]))
     for index in range(COUNTS[split] if number is None else number):
