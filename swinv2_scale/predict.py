@@ -1,7 +1,7 @@
 """What a trained model says of pictures: `swinv2-scale predict`.
 
 DIR/NAME.png            the picture with what was found in it; NAME is the picture's, with ~ if it is taken
-DIR/predictions.json    on request: for each picture its file, its size and the numbers, see docs/detection.md
+DIR/predictions.json    on request: for each picture its file, its size and the numbers, see docs/predict.md
 DIR/NAME.seg.png        with it, of segmentations: 0 for no class, v for class v - 1, as packed data has it
 """
 
