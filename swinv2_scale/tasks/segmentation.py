@@ -1,5 +1,6 @@
 """Semantic segmentation with UPerNet, by the conventions of ADE20K: the class of every pixel."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -25,6 +26,9 @@ from swinv2_scale.telemetry import Picture
 from swinv2_scale.train import Evaluation, Prediction
 
 INFERENCE = ("whole", "sliding")
+LARGEST = (
+    2**28
+)  # probabilities of a picture to predict, 1 GB: above it pixels are judged at the size that the model sees
 
 
 class Segmentation:
@@ -195,8 +199,10 @@ class Segmentation:
     def predict(self, model: nn.Module, image: EncodedImage, classes: Sequence[str]) -> Prediction:
         """The class of every pixel, in colours over the picture; below it what they mean, the largest part first."""
         pixels = image.pixels()
-        found = self.log_probabilities(model, self.evaluation_transform.views(pixels), pixels.shape[1:])
-        found = found.argmax(dim=0).cpu()
+        size, views = pixels.shape[1:], self.evaluation_transform.views(pixels)
+        judged = size if self.classes * math.prod(size) <= LARGEST else views[0].shape[1:]
+        found = self.log_probabilities(model, views, judged).argmax(dim=0).cpu()
+        found = F.interpolate(found[None, None].float(), size, mode="nearest-exact")[0, 0].long()
         names = dict(enumerate(classes))
         shares = found.flatten().bincount(minlength=self.classes).double() / found.numel()
         parts = [
