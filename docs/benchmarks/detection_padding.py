@@ -1,20 +1,20 @@
-"""How much of a detector's batches is padding, and what grouping images of a global batch would save.
+"""How much of a detector's batches is padding: with factors that are independent, and as training draws them.
 
     python docs/benchmarks/detection_padding.py coco/annotations/instances_train2017.json --image-size 1536
 
-Looks at sizes alone: those of the annotation file, random factors as v2.ScaleJitter applies them, a cut to the square,
-and padding to a multiple of 32. Within each global batch images stay in their order, or are sorted by what their files
-have (rows / columns), or by what becomes of them, which needs the random factor before a sample is read.
+Looks at sizes alone: those of the annotation file, factors as v2.ScaleJitter applies them, a cut to the square, and
+padding to a multiple of 32. "independent": each sample draws its own factor. "rising": Order.chances, which is what
+training uses. "by aspect": independent, and each global batch is sorted by rows / columns.
 """
 
 import argparse
-import math
 from pathlib import Path
 
 import numpy as np
 
 from swinv2_scale.data.boxes import DIVISOR
 from swinv2_scale.data.coco import read_annotations
+from swinv2_scale.data.order import Order
 
 
 def final_sizes(sizes: np.ndarray, factors: np.ndarray, image_size: int) -> np.ndarray:
@@ -36,30 +36,33 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, default=1536)
     parser.add_argument("--scale", type=float, nargs=2, default=(0.1, 2.0))
     parser.add_argument("--global-batch", type=int, default=64)
-    parser.add_argument("--epochs", type=int, default=50, help="that are drawn, as the factors are random")
+    parser.add_argument("--steps", type=int, default=500)
     arguments = parser.parse_args()
     random = np.random.default_rng(0)
     sizes = np.array([(one["height"], one["width"]) for one in read_annotations(arguments.annotations).records])
-    steps = len(sizes) // arguments.global_batch
-    drawn = np.concatenate(
-        [sizes[random.permutation(len(sizes))[: steps * arguments.global_batch]] for _ in range(arguments.epochs)]
-    )
-    final = final_sizes(drawn, random.uniform(*arguments.scale, len(drawn)), arguments.image_size)
-    step = np.arange(len(drawn)) // arguments.global_batch
-    orders = {
-        "as they come": np.arange(len(drawn)),
-        "by aspect": np.lexsort((drawn[:, 0] / drawn[:, 1], step)),
-        "by final size": np.lexsort((final[:, 1], final[:, 0], step)),
+    order = Order([[len(sizes)]], seed=0, global_batch=arguments.global_batch, open_shards=1)
+    steps = range(arguments.steps)
+    drawn = sizes[np.concatenate([order.global_batch_of(step)[1] for step in steps])]
+    low, high = arguments.scale
+    rising = low + np.concatenate([order.chances(step) for step in steps]) * (high - low)
+    independent = random.uniform(low, high, len(drawn))
+    sorted_by_aspect = np.lexsort((drawn[:, 0] / drawn[:, 1], np.arange(len(drawn)) // arguments.global_batch))
+    by_name = {
+        "independent": final_sizes(drawn, independent, arguments.image_size),
+        "rising": final_sizes(drawn, rising, arguments.image_size),
+        "by aspect": final_sizes(drawn, independent, arguments.image_size)[sorted_by_aspect],
     }
-    print(f"{steps * arguments.epochs} global batches of {arguments.global_batch}, factors {arguments.scale}")
+    print(f"{arguments.steps} global batches of {arguments.global_batch}, factors {low} to {high}")
     for micro_batch in (2, 4, 8):
-        if arguments.global_batch % micro_batch:
-            continue
-        found = {name: pixels(final[order], micro_batch) for name, order in orders.items()}
-        base = found["as they come"][1]
-        told = [f"{name} {1 - own / all_:.1%} ({all_ / base - 1:+.1%} pixels)" for name, (own, all_) in found.items()]
+        shares = {
+            name: 1 - own / whole
+            for name, (own, whole) in ((name, pixels(final, micro_batch)) for name, final in by_name.items())
+        }
+        told = [
+            f"{name} {share:.1%} ({(1 - shares['independent']) / (1 - share) - 1:+.1%} pixels)"
+            for name, share in shares.items()
+        ]
         print(f"micro-batch {micro_batch}: padding {', '.join(told)}")
-    assert math.isclose(found["as they come"][0], found["by aspect"][0])
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """One image with objects -> one training example, and such examples -> a batch.
 
 A sample is a dictionary: "image" an EncodedImage, "record" what COCO says of it (see coco.py), "semantic" the bytes of
-a PNG or None, "label" -1, "key", "draw", "corrupt". A transform returns it with "image" float32 (3, Y, X), normalised,
-and "target": boxes, labels, crowd, and as far as they are known masks, has_mask and semantic, all of the new image.
+a PNG or None, "label" -1, "key", "draw", "chance", "corrupt". A transform returns it with "image" float32 (3, Y, X),
+normalised, and "target": boxes, labels, crowd, and as far as they are known masks, has_mask and semantic, all of the
+new image.
 Randomness comes out of torch's default generator, as in transforms.py.
 """
 
@@ -82,9 +83,10 @@ class DetectionTransform:
     """Scale jitter on a square, and mirroring: the wide multi-scale training of HTC++.
 
     Each object is moved inside its image with probability `object_jitter`, see jitter.py. The image is made to fit a
-    square of `image_size`, times a random factor out of `scale`, and of what is larger than the square a random part is
-    cut out. `flip` is a probability. Objects of which less than a pixel is left are left out. masks: whether they are
-    read. Raises ValueError for a range of factors that is none.
+    square of `image_size`, times a factor out of `scale`, which the sample's "chance" chooses: images of a batch have
+    similar sizes, and little padding. Of what is larger than the square a random part is cut out. `flip` is a
+    probability. Objects of which less than a pixel is left are left out. masks: whether they are read. Raises
+    ValueError for a range of factors that is none.
     """
 
     def __init__(
@@ -92,18 +94,16 @@ class DetectionTransform:
     ) -> None:
         if len(scale) != 2 or not 0 < scale[0] <= scale[1]:
             raise ValueError(f"scale {list(scale)} must be two factors above 0, the smaller one first")
-        self.image_size, self.masks = image_size, masks
+        self.image_size, self.scale, self.masks = image_size, tuple(scale), masks
         self.jitter = ObjectJitter(object_jitter)
-        self.joint = v2.Compose(
-            [
-                v2.ScaleJitter((image_size, image_size), (scale[0], scale[1]), antialias=True),
-                AtMost(image_size),
-                v2.RandomHorizontalFlip(flip),
-            ]
-        )
+        self.then = [AtMost(image_size), v2.RandomHorizontalFlip(flip)]
 
     def __call__(self, sample: Sample) -> Sample:
-        image, target = transformed(self.joint, *self.jitter(*decoded(sample, masks=self.masks)))
+        low, high = self.scale
+        factor = low + sample["chance"] * (high - low)
+        resize = v2.ScaleJitter((self.image_size, self.image_size), (factor, factor), antialias=True)
+        image, target = self.jitter(*decoded(sample, masks=self.masks))
+        image, target = transformed(v2.Compose([resize, *self.then]), image, target)
         return {**without_sources(sample), "image": normalised(image), "target": target}
 
 

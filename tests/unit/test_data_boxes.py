@@ -39,8 +39,9 @@ def members(*, masks: bool = True, semantic: bool = False, crowd: bool = False) 
     return found | ({"seg.png": encoded(classes)} if semantic else {})
 
 
-def sample(draw: int = 1, **kinds: bool) -> dict[str, Any]:
-    return {**boxes.with_record(members(**kinds), "abc"), "key": "7", "draw": draw, "corrupt": [], "reads": []}
+def sample(draw: int = 1, chance: float = 0.5, **kinds: bool) -> dict[str, Any]:
+    own = {"key": "7", "draw": draw, "chance": chance, "corrupt": [], "reads": []}
+    return {**boxes.with_record(members(**kinds), "abc"), **own}
 
 
 def transform(
@@ -99,13 +100,15 @@ def test_a_mirror_image():
         assert torch.equal(mirrored["target"][name], torch.stack([COLUMNS - x2, y1, COLUMNS - x1, y2], dim=1))
 
 
-def test_jitter_and_mirroring_are_drawn_from_torch():
+def test_the_factor_is_the_samples_chance_and_the_rest_is_drawn_from_torch():
     examples = []
     for seed in (0, 0, 1, 2, 3):
         torch.manual_seed(seed)
-        examples.append(transform(scale=(0.1, 2.0), flip=0.5)(sample()))
+        examples.append(transform(scale=(1.0, 2.0), flip=0.5, size=40)(sample(chance=0.8)))
     assert torch.equal(examples[0]["image"], examples[1]["image"])
-    assert len({example["image"].shape for example in examples}) == 4
+    assert len({float(example["image"].sum()) for example in examples}) == 4
+    shapes = [transform(scale=(0.1, 1.1))(sample(chance=chance))["image"].shape[1:] for chance in (0.0, 0.4, 0.9)]
+    assert shapes == [(6, 9), (30, 45), (60, 90)]
 
 
 def test_what_leaves_the_image_is_left_out():

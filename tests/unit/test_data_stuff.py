@@ -57,7 +57,14 @@ def test_classes_count_from_one_and_none_is_zero(source: Path, caplog: pytest.Lo
         f"{number:012d}": number < 2 for number in range(3)
     }
     for key, members in samples.items():
-        sample = {**with_record(members, manifest.classes), "key": key, "draw": 0, "corrupt": [], "reads": []}
+        sample = {
+            **with_record(members, manifest.classes),
+            "key": key,
+            "draw": 0,
+            "chance": 0.5,
+            "corrupt": [],
+            "reads": [],
+        }
         example = DetectionTransform(image_size=COLUMNS, **PLAIN)(sample)
         if "seg.png" not in members:
             assert "semantic" not in example["target"]
