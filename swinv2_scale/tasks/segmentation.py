@@ -26,9 +26,8 @@ from swinv2_scale.telemetry import Picture
 from swinv2_scale.train import Evaluation, Prediction
 
 INFERENCE = ("whole", "sliding")
-LARGEST = (
-    2**28
-)  # probabilities of a picture to predict, 1 GB: above it pixels are judged at the size that the model sees
+# Probabilities of a picture to predict, 1 GB; with more of them, pixels are judged at the size that the model sees.
+LARGEST = 2**28
 
 
 class Segmentation:
