@@ -189,7 +189,7 @@ setup(
         "safetensors>=0.5",
         "numpy",
         "packaging",
-        "pillow",
+        "pillow>=10.1",
         "pyyaml",
         "rich",
     ],

@@ -85,6 +85,26 @@ def compose_saved(
     return cfg, origin + f"; it leaves open what conf has as {' '.join(guessed)}" * bool(guessed)
 
 
+def saved_task(copy: Path) -> list[str]:
+    """A run's task as overrides, from its config.yaml: one of conf/task, and its plain settings but for training's.
+
+    A file's word is not executed: what is called comes from conf/task. Raises ValueError for a file without a task that
+    is known there.
+    """
+    try:
+        task = yaml.safe_load(copy.read_text())["task"]
+        names = {yaml.safe_load(path.read_text())["_target_"]: path.stem for path in (CONF / "task").glob("[!_]*.yaml")}
+        overrides = [f"task={names[task['_target_']]}"]
+    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{copy} is no run's configuration with a task of conf/task ({type(error).__name__}: {error}): "
+            "give task=… and its settings yourself"
+        ) from error
+    settings = _settings(OmegaConf.create({"task": {key: task[key] for key in task if not key.startswith("train_")}}))
+    plain = {key: value for key, value in settings.items() if not isinstance(value, dict) and _is_plain(value)}
+    return overrides + [f"{key}={json.dumps(value)}" for key, value in plain.items() if not key.endswith("_")]
+
+
 def compose_model(size: str, **arguments: Any) -> DictConfig:
     """conf/model/{size}.yaml with constructor arguments replaced. Raises ValueError for an unknown size or argument."""
     sizes = sorted(path.stem for path in (CONF / "model").glob("[!_]*.yaml"))

@@ -49,7 +49,11 @@ _BLOCK_CHARTS = {  # key of a blocks line -> title
     "logit_scale_max": "Logit scale of each block, by depth (largest head)",
 }
 ZOOM = "Drag over a chart to look closer, in all of them; double-click to see the whole again."
-_CAPTIONS = {"reconstructions": "Each picture is a triptych: original | masked | reconstruction."}
+_CAPTIONS = {
+    "reconstructions": "Each picture is a triptych: original | masked | reconstruction.",
+    "detections": "Prediction | truth; of the first held-out images those with most mistakes, the worst first.",
+    "segmentations": "Prediction | truth; of the first held-out images those with most wrong pixels, the worst first.",
+}
 
 
 @dataclass

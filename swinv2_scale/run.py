@@ -34,11 +34,12 @@ from swinv2_scale.ops import native, selfcheck
 from swinv2_scale.optim import Schedule, parameter_groups
 from swinv2_scale.parallel import PRECISIONS, deepspeed_config
 from swinv2_scale.profile import Profiler
-from swinv2_scale.telemetry import RECORD, Telemetry, peak_memory
+from swinv2_scale.telemetry import RECORD, Picture, Telemetry, peak_memory
 from swinv2_scale.train import Task, evaluate, train
 
 T = TypeVar("T")
 LOCKS: list[IO[str]] = []
+JUDGED = 32  # held-out samples, among which the worst are looked for to be shown
 
 
 def main(config_name: str, argv: Sequence[str], action: Callable[[Any], None]) -> NoReturn:
@@ -358,15 +359,26 @@ def look_at(
     pictures: bool,
     beat: Callable[[Iterable[Batch]], Iterable[Batch]],
 ) -> None:
-    """Evaluate on held-out data, record the metrics and, if asked for, pictures of the first batch."""
+    """Evaluate on held-out data, record the metrics and, if asked for, the worst of the first pictures."""
     known = len(stream.corrupt.names)
     outcome = evaluate(model, task, beat(stream), len(manifest))
     telemetry.evaluation(step, outcome.means | {"samples": outcome.samples})
     telemetry.replaced(step, stream.corrupt.names[known:])
     if pictures and distributed.rank() == 0:
-        with torch.inference_mode():
-            batch = distributed.to_device(next(iter(stream)))
-            telemetry.pictures(step, *task.pictures(model, batch, manifest.classes))
+        telemetry.pictures(step, *worst(model, task, stream, manifest.classes))
+
+
+@torch.inference_mode()
+def worst(model: nn.Module, task: Task, stream: Iterable[Batch], classes: Sequence[str]) -> tuple[str, list[Picture]]:
+    """Pictures of what the model makes of held-out samples: of the first JUDGED or more of this rank the worst."""
+    name, pictures, judged = "", list[Picture](), 0
+    for batch in stream:
+        name, more = task.pictures(model, distributed.to_device(batch), classes)
+        pictures += more
+        judged += len(batch["key"])
+        if judged >= JUDGED:
+            break
+    return name, sorted(pictures, key=lambda picture: -picture.wrong)[: task.shown]
 
 
 def start_weights(path: str) -> Path:

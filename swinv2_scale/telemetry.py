@@ -38,11 +38,13 @@ PLAN_SHARE, PLAN_GIGABYTES = 0.2, 0.5
 
 
 class Picture(NamedTuple):
-    """An image to look at: uint8 (3, Y, X), a caption, and whether the model was right (None: no such notion)."""
+    """An image to look at: uint8 (3, Y, X), a caption, whether the model was right (None: no such notion), and a number
+    that is the larger, the more wrong it was: the worst are shown, worst first."""
 
     image: Tensor
     caption: str
     good: bool | None = None
+    wrong: float = 0.0
 
 
 class Telemetry:

@@ -4,12 +4,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from swinv2_scale import distributed
+from swinv2_scale.data.images import EncodedImage
 from swinv2_scale.data.stream import Batch, Open
 from swinv2_scale.engine import Engine
 from swinv2_scale.guard import Guard, Verdict
@@ -20,6 +21,16 @@ from swinv2_scale.optim import Schedule
 from swinv2_scale.profile import Profiler
 from swinv2_scale.signals import Stopped
 from swinv2_scale.telemetry import Picture, Telemetry
+
+
+class Prediction(NamedTuple):
+    """What a model says of a picture: drawn on it, uint8 (3, Y, X); in a line; as numbers, which JSON can write; and of
+    its pixels as a map, uint8 (Y, X): 0 for none, v for class v - 1."""
+
+    picture: Tensor
+    line: str
+    numbers: dict[str, Any]
+    map: Tensor | None = None
 
 
 class Task(Protocol):
@@ -33,6 +44,7 @@ class Task(Protocol):
     metrics: tuple[str, ...]
     tallies: dict[str, tuple[int, ...]]  # shapes of sums that are no means over samples, see `scores` and `derived`
     num_classes: int  # 0: samples have no class
+    shown: int  # pictures in a report
     settings: dict[str, Any]  # what a held-out result depends on besides weights and data
 
     def build(self, model: Any) -> nn.Module:
@@ -57,7 +69,10 @@ class Task(Protocol):
         """Columns of a table with a row for each class, nan where there is no value; {} where there is no table."""
 
     def pictures(self, model: nn.Module, batch: Batch, classes: Sequence[str]) -> tuple[str, list[Picture]]:
-        """What the model makes of a held-out batch, to look at, and a name for the collection."""
+        """What the model makes of each of a held-out batch, to look at, and a name for the collection."""
+
+    def predict(self, model: nn.Module, image: EncodedImage, classes: Sequence[str]) -> Prediction:
+        """What the model says of a picture, prepared as held-out ones are. Raises ValueError if it says nothing."""
 
 
 def train(

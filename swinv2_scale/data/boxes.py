@@ -1,8 +1,9 @@
 """One image with objects -> one training example, and such examples -> a batch.
 
 A sample is a dictionary: "image" an EncodedImage, "record" what COCO says of it (see coco.py), "semantic" the bytes of
-a PNG or None, "label" -1, "key", "draw", "corrupt". A transform returns it with "image" float32 (3, Y, X), normalised,
-and "target": boxes, labels, crowd, and as far as they are known masks, has_mask and semantic, all of the new image.
+a PNG or None, "label" -1, "key", "draw", "chance", "corrupt". A transform returns it with "image" float32 (3, Y, X),
+normalised, and "target": boxes, labels, crowd, and as far as they are known masks, has_mask and semantic, all of the
+new image.
 Randomness comes out of torch's default generator, as in transforms.py.
 """
 
@@ -17,16 +18,15 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torchvision import tv_tensors
-from torchvision.ops import masks_to_boxes
 from torchvision.transforms import v2
 
 from swinv2_scale.data import coco
 from swinv2_scale.data.folder import MASK_EXTENSION
 from swinv2_scale.data.images import CorruptSampleError
+from swinv2_scale.data.jitter import IGNORED, ObjectJitter, around
 from swinv2_scale.data.shards import open_sample
 from swinv2_scale.data.transforms import IMAGENET_MEAN, IMAGENET_STD, Sample, collate
 
-IGNORED = 255  # of a semantic map, where no class is
 DIVISOR = 32  # images of a batch are padded to a multiple of it
 SMALLEST = 1.0  # pixels of a side; smaller objects are left out after a crop
 Target = dict[str, torch.Tensor]
@@ -82,25 +82,28 @@ def semantic_map(content: bytes, size: tuple[int, int]) -> torch.Tensor:
 class DetectionTransform:
     """Scale jitter on a square, and mirroring: the wide multi-scale training of HTC++.
 
-    The image is made to fit a square of `image_size`, times a random factor out of `scale`, and of what is larger than
-    the square a random part is cut out. `flip` is a probability. Objects of which less than a pixel is left are left
-    out. masks: whether they are read. Raises ValueError for a range of factors that is none.
+    Each object is moved inside its image with probability `object_jitter`, see jitter.py. The image is made to fit a
+    square of `image_size`, times a factor out of `scale`, which the sample's "chance" chooses: images of a batch have
+    similar sizes, and little padding. Of what is larger than the square a random part is cut out. `flip` is a
+    probability. Objects of which less than a pixel is left are left out. masks: whether they are read. Raises
+    ValueError for a range of factors that is none.
     """
 
-    def __init__(self, *, image_size: int, scale: Sequence[float], flip: float, masks: bool) -> None:
+    def __init__(
+        self, *, image_size: int, scale: Sequence[float], flip: float, masks: bool, object_jitter: float
+    ) -> None:
         if len(scale) != 2 or not 0 < scale[0] <= scale[1]:
             raise ValueError(f"scale {list(scale)} must be two factors above 0, the smaller one first")
-        self.image_size, self.masks = image_size, masks
-        self.joint = v2.Compose(
-            [
-                v2.ScaleJitter((image_size, image_size), (scale[0], scale[1]), antialias=True),
-                AtMost(image_size),
-                v2.RandomHorizontalFlip(flip),
-            ]
-        )
+        self.image_size, self.scale, self.masks = image_size, tuple(scale), masks
+        self.jitter = ObjectJitter(object_jitter)
+        self.then = [AtMost(image_size), v2.RandomHorizontalFlip(flip)]
 
     def __call__(self, sample: Sample) -> Sample:
-        image, target = transformed(self.joint, *decoded(sample, masks=self.masks))
+        low, high = self.scale
+        factor = low + sample["chance"] * (high - low)
+        resize = v2.ScaleJitter((self.image_size, self.image_size), (factor, factor), antialias=True)
+        image, target = self.jitter(*decoded(sample, masks=self.masks))
+        image, target = transformed(v2.Compose([resize, *self.then]), image, target)
         return {**without_sources(sample), "image": normalised(image), "target": target}
 
 
@@ -176,7 +179,6 @@ def without_sources(sample: Sample) -> Sample:
 class Paste:
     """Collates samples, and pastes objects of one image into its neighbour: simple copy-paste (arXiv 2012.07177).
 
-    It takes the place of InstaBoost in HTC++, which moves objects within their own image and needs another package.
     With `probability` an image receives a random half, on average, of the objects of the image before it that have
     masks, where they were. They cover what is there: masks and boxes of covered objects shrink, and those of which
     nothing is left are left out. An image takes part if all of its objects have masks. All draws of an image come from
@@ -231,9 +233,9 @@ def paste(
     kept = _any(left)
     boxes = target["boxes"].clone()
     for number in torch.where(covered & kept)[0].tolist():
-        boxes[number] = _around(left[number : number + 1])[0]
+        boxes[number] = around(left[number : number + 1])[0]
     new = {
-        "boxes": torch.cat([boxes[kept], _around(masks)]),
+        "boxes": torch.cat([boxes[kept], around(masks)]),
         "labels": torch.cat([target["labels"][kept], labels]),
         "crowd": target["crowd"],
         "masks": torch.cat([left[kept], masks]),
@@ -247,11 +249,6 @@ def paste(
 def _any(masks: torch.Tensor) -> torch.Tensor:
     """Whether each of masks (N, Y, X) has pixels, bool (N,): .any() of uint8 is uint8, which does not index."""
     return (masks > 0).flatten(1).any(dim=1)
-
-
-def _around(masks: torch.Tensor) -> torch.Tensor:
-    """The boxes (N, 4) of masks (N, Y, X) with pixels; a pixel has an extent."""
-    return masks_to_boxes(masks) + torch.tensor([0.0, 0.0, 1.0, 1.0])
 
 
 def collate_boxes(samples: list[Sample]) -> dict[str, Any]:

@@ -3,7 +3,8 @@
     imagefolder   SOURCE/class/name.jpg, as ImageNet-1K and -22K
     csv           SOURCE is a table with a column `path` (absolute, or relative to the table), and `label` (numbers),
                   or `class` (names), or neither for images without labels
-    coco          SOURCE is ROOT/annotations/instances_SPLIT.json, the images are in ROOT/SPLIT
+    coco          SOURCE is ROOT/annotations/instances_SPLIT.json, the images are in ROOT/SPLIT; maybe with maps of
+                  COCO-Stuff, stuffthingmaps/SPLIT/name.png: the value c is class c, 255 is no class
     ade20k        SOURCE is ADEChallengeData2016/images/SPLIT, the masks are in ADEChallengeData2016/annotations/SPLIT
     kinetics      SOURCE/class/name.mp4; or SOURCE is the published table SPLIT.csv, with the videos anywhere below it
     demo          images that ship inside Python packages, see demo.py
@@ -12,7 +13,8 @@ Members of a sample, beside `cls` where it has one label:
 
     imagefolder, csv, demo   the image, under its file's extension
     coco                     the image, and `json`: image_id, file_name, width, height, and `annotations` as published,
-                             each with one more key, `label`: the position of its category in the manifest's classes
+                             each with one more key, `label`: the position of its category in the manifest's classes;
+                             and `seg.png` where there is a map of COCO-Stuff, as ade20k's
     ade20k                   the image, and `seg.png`: 0 is no class, the value v is classes[v - 1]
     kinetics                 the video, under its file's extension
 """
@@ -22,8 +24,11 @@ import io
 import json
 import logging
 from collections.abc import Iterator
-from pathlib import Path, PurePath
+from pathlib import Path, PosixPath, PurePath
 from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
 
 from swinv2_scale.data import demo
 from swinv2_scale.data.coco import read_annotations
@@ -37,6 +42,7 @@ from swinv2_scale.data.folder import (
     one_file,
     sample_key,
 )
+from swinv2_scale.data.images import CorruptSampleError, EncodedMap
 
 log = logging.getLogger(__name__)
 
@@ -51,15 +57,34 @@ class Source(NamedTuple):
     facts: dict[str, Any] = {}  # noqa: RUF012  # never changed
 
 
-def read_source(source: str, format: str) -> Source:
-    """What `source` holds, read as `format`, one of FORMATS. Raises ValueError for what is missing or malformed."""
+class StuffMap(PosixPath):
+    """The file of a map of COCO-Stuff, which is read as packed data has maps: the value c as c + 1, 255, none, as 0."""
+
+    def read_bytes(self) -> bytes:
+        """A PNG. Raises ValueError for what is no image of one value of 8 bits per pixel."""
+        try:
+            values = EncodedMap(super().read_bytes()).values().numpy()
+        except CorruptSampleError as error:
+            raise ValueError(f"{self}: {error}; get the map again, or remove it") from error
+        buffer = io.BytesIO()
+        Image.fromarray(values + np.uint8(1)).save(buffer, "PNG")  # in eight bits 255 + 1 is 0
+        return buffer.getvalue()
+
+
+def read_source(source: str, format: str, stuff: Path | None = None) -> Source:
+    """What `source` holds, read as `format`, one of FORMATS; for coco, with the maps in the directory `stuff`.
+
+    Raises ValueError for what is missing or malformed.
+    """
+    if stuff is not None and format != "coco":
+        raise ValueError(f"maps of COCO-Stuff ({stuff}) belong to --format coco, not to {format}: leave them out")
     path = Path(source)
     if format == "imagefolder":
         return Source(*image_folder(path))
     if format == "csv":
         return image_table(path)
     if format == "coco":
-        return coco(path)
+        return coco(path, stuff)
     if format == "ade20k":
         return ade20k(path)
     if format == "kinetics":
@@ -106,12 +131,14 @@ def image_table(table: Path) -> Source:
     )
 
 
-def coco(annotations: Path) -> Source:
+def coco(annotations: Path, stuff: Path | None = None) -> Source:
     """The images of a COCO annotation file, with or without annotations; classes are its categories in order of id.
 
     The categories' published ids, in the order of the classes, become `category_ids` of the origin. Images are looked
     for in the directory named like the file's last word (instances_train2017.json: train2017), beside the file or
-    beside its directory. Raises ValueError when an image is missing, and as read_annotations does.
+    beside its directory. Of a directory `stuff` the maps are taken, NAME.png for NAME.jpg, and the origin has its path;
+    images without a map are counted in a warning. Raises ValueError when an image is missing, when no image has a map
+    in `stuff`, and as read_annotations does.
     """
     if annotations.suffix != ".json" or not annotations.is_file():
         raise ValueError(f"{annotations} is no COCO annotation file; give ROOT/annotations/instances_SPLIT.json")
@@ -123,7 +150,25 @@ def coco(annotations: Path) -> Source:
             f"the images of {annotations} are neither in {places[0]} nor in {places[1]}; move or link them there"
         )
     read = read_annotations(annotations)
-    return Source(read.classes, _coco_items(read.records, root, annotations), {"category_ids": read.category_ids})
+    facts: dict[str, Any] = {"category_ids": read.category_ids}
+    items = _coco_items(read.records, root, annotations)
+    if stuff is None:
+        return Source(read.classes, items, facts)
+    stuff = stuff.expanduser().resolve()
+    maps = [stuff / PurePath(record["file_name"]).with_suffix(".png") for record in read.records]
+    missing = [path for path in maps if not path.is_file()]
+    if len(missing) == len(maps):
+        raise ValueError(
+            f"{stuff} holds no map of these images, such as {missing[0].name}; give stuffthingmaps/{split}"
+        )
+    if missing:
+        log.warning("%s: %d of %d images have no map, such as %s", stuff, len(missing), len(maps), missing[0].name)
+    without = set(missing)
+    items = [
+        item if path in without else item._replace(members={**item.members, MASK_EXTENSION: StuffMap(path)})
+        for item, path in zip(items, maps, strict=True)
+    ]
+    return Source(read.classes, items, {**facts, "stuff": str(stuff)})
 
 
 def _coco_items(records: list[dict[str, Any]], root: Path, place: Path) -> list[Item]:

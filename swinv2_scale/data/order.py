@@ -16,6 +16,7 @@ from functools import lru_cache
 
 import numpy as np
 
+_CHANCES = 2**32 - 1  # in place of a source's number, which none has
 OPEN_SHARDS = 64  # of 256 MB they are 16 GB, and neighbours are of one shard in one case of 64
 
 
@@ -87,16 +88,26 @@ class Order:
         mixed = shuffled(self.global_batch, self.seed, len(self._sources), step)
         return epochs[mixed], indices[mixed]
 
+    def chances(self, step: int) -> np.ndarray:
+        """float64 (global_batch,): a random number of 0 … 1 for each sample of `step`, in rising order.
+
+        A sample's place in its global batch is random, and so is its number. But neighbours have similar ones: a size
+        that is drawn by them (see boxes.py) differs little within a micro-batch, and between ranks of one pass.
+        """
+        bits = np.random.Philox(np.random.SeedSequence((self.seed, _CHANCES, step))).random_raw(self.global_batch)
+        return np.sort(bits) / 2.0**64
+
     def micro_batches(
         self, step: int, rank: int, world_size: int, micro_batch: int
-    ) -> list[tuple[np.ndarray, np.ndarray]]:
-        """This rank's share of `step`: epochs and indices, (micro_batch,) each, for each of the accumulated passes.
+    ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """This rank's share of `step`: epochs, indices and chances, (micro_batch,) each, for each accumulated pass.
 
         The global batch is laid out as [accumulation][world][micro].
         """
         assert self.global_batch % (world_size * micro_batch) == 0, (self.global_batch, world_size, micro_batch)
-        epochs, indices = (part.reshape(-1, world_size, micro_batch)[:, rank] for part in self.global_batch_of(step))
-        return list(zip(epochs, indices, strict=True))
+        whole = (*self.global_batch_of(step), self.chances(step))
+        epochs, indices, chances = (part.reshape(-1, world_size, micro_batch)[:, rank] for part in whole)
+        return list(zip(epochs, indices, chances, strict=True))
 
     def _shares(self, samples: int) -> list[int]:
         """How many of the run's first `samples` samples come from each source: within one of its weight's share.

@@ -39,13 +39,20 @@ _OF_THE_SOURCE = ("files", HIGHEST_LABEL, "category_ids")  # what changes in an 
 
 
 def pack(
-    source: str, destination: Path, *, format: str, shard_size: int | str, seed: int, jobs: int | None = None
+    source: str,
+    destination: Path,
+    *,
+    format: str,
+    shard_size: int | str,
+    seed: int,
+    jobs: int | None = None,
+    stuff: Path | None = None,
 ) -> Manifest:
     """Packs `source` into shards in the directory `destination`, in `jobs` processes (default: one per usable CPU).
 
-    `format` is one of layouts.FORMATS, which says there what `source` is. `shard_size` is a number of samples, or bytes
-    such as "256MB". A destination that was packed from the same source, format, seed and shard size is left alone.
-    An interrupted packing goes on from its finished shards, unless the source has changed.
+    `format` is one of layouts.FORMATS, which says there what `source` and `stuff` are. `shard_size` is a number of
+    samples, or bytes such as "256MB". A destination that was packed from the same source, format, seed and shard size
+    is left alone. An interrupted packing goes on from its finished shards, unless the source has changed.
 
     Raises ValueError when the destination holds something else, the source is not as the format says, somebody else
     packs into the destination, or something cannot be read or written.
@@ -58,7 +65,7 @@ def pack(
     if format != "demo":
         source = str(Path(source).expanduser().resolve())
     destination = Path(destination).expanduser().absolute()
-    classes, items, facts = read_source(source, format)
+    classes, items, facts = read_source(source, format, stuff)
     if not items:
         raise ValueError(f"{source} lists no sample: there is nothing to pack; give a source that has some")
     origin = {"source": source, "format": format, "seed": seed, "shard_size": str(shard_size), **facts}

@@ -87,9 +87,13 @@ class SegmentationEvaluationTransform:
 
     def __call__(self, sample: Sample) -> Sample:
         image, classes = decoded(sample, self.num_classes)
+        return {**sample, "image": self.views(image), "map": classes.as_subclass(Tensor)[0]}
+
+    def views(self, image: Tensor) -> list[Tensor]:
+        """An image, uint8 (3, Y, X), as a model sees it: float32, at each of the ratios."""
+        image = tv_tensors.Image(image)
         sizes = [fitted_size(image.shape[1:], self.image_size, self.long_side, ratio) for ratio in self.ratios]
-        images = [self.normalise(F.resize(image, size, antialias=True)).as_subclass(Tensor) for size in sizes]
-        return {**sample, "image": images, "map": classes.as_subclass(Tensor)[0]}
+        return [self.normalise(F.resize(image, size, antialias=True)).as_subclass(Tensor) for size in sizes]
 
 
 def decoded(sample: Sample, num_classes: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:

@@ -175,6 +175,8 @@ def _check_sample(members: dict[str, bytes], manifest: Manifest) -> tuple[tuple[
             facts = json.loads(members["json"])
             height, width = facts["height"], facts["width"]
             labels = [annotation["label"] for annotation in facts["annotations"]]
+            if MASK_EXTENSION in members and EncodedMap(members[MASK_EXTENSION]).values().shape != (height, width):
+                raise CorruptSampleError("its map of classes is of another size than its image")
         else:
             values = EncodedMap(members[MASK_EXTENSION]).values(len(manifest.classes))
             (height, width), labels = values.shape, []

@@ -29,6 +29,7 @@ from swinv2_scale.data.transforms import Sample
 Batch = dict[str, Any]
 Transform = Callable[[Sample], Sample]
 Collate = Callable[[list[Sample]], Batch]
+Place = tuple[int, int, float]  # epoch, index and chance of a sample, see order.py
 Open = Callable[[dict[str, bytes], Sequence[str]], Sample]  # of a sample's members and the names of the classes
 
 _SUBSTITUTES = 100  # unusable samples in a row after which the data set, not a sample, is broken
@@ -149,7 +150,7 @@ def evaluation_stream(
 
 @dataclass(frozen=True)
 class _TrainingBatches:
-    """The loader's batch sampler: lists of (epoch, index). Runs in the main process."""
+    """The loader's batch sampler: lists of (epoch, index, chance). Runs in the main process."""
 
     order: Order
     rank: int
@@ -164,26 +165,26 @@ class _TrainingBatches:
         steps = max(0, self.stop_step - self.start_step)
         return steps * (self.order.global_batch // (self.world_size * self.micro_batch))
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[list[Place]]:
         for step in count(self.start_step) if self.stop_step is None else range(self.start_step, self.stop_step):
-            for epochs, indices in self.order.micro_batches(step, self.rank, self.world_size, self.micro_batch):
-                yield list(zip(epochs.tolist(), indices.tolist(), strict=True))
+            for parts in self.order.micro_batches(step, self.rank, self.world_size, self.micro_batch):
+                yield list(zip(*(part.tolist() for part in parts), strict=True))
 
 
-def _evaluation_batches(samples: int, batch: int, rank: int, world_size: int) -> list[list[tuple[int, int]]]:
+def _evaluation_batches(samples: int, batch: int, rank: int, world_size: int) -> list[list[Place]]:
     largest_share = -(-samples // world_size)
     shares = np.array_split(np.arange(rank, samples, world_size), -(-largest_share // batch))
-    return [[(0, index) for index in share.tolist()] for share in shares if len(share)]
+    return [[(0, index, 0.5) for index in share.tolist()] for share in shares if len(share)]
 
 
 class _Samples(Dataset[Sample]):
-    """Maps (epoch, index) to a transformed sample; runs in the workers."""
+    """Maps (epoch, index, chance) to a transformed sample; runs in the workers."""
 
     def __init__(self, data: Mixture, open_sample: Open, transform: Transform, seed: int, rank: int) -> None:
         self.data, self.open_sample, self.transform, self.seed, self.rank = data, open_sample, transform, seed, rank
 
-    def __getitem__(self, place: tuple[int, int]) -> Sample:
-        epoch, index = place
+    def __getitem__(self, place: Place) -> Sample:
+        epoch, index, chance = place
         manifest, index = self.data.find(index)
         corrupt: list[str] = []
         for attempt in range(min(_SUBSTITUTES, len(manifest))):
@@ -192,7 +193,7 @@ class _Samples(Dataset[Sample]):
             try:
                 key, members = read_sample(manifest, number)
                 sample = {**self.open_sample(members, manifest.classes), "key": key, "corrupt": corrupt}
-                sample = self._transformed({**sample, "draw": draw(self.seed, epoch, key)})
+                sample = self._transformed({**sample, "draw": draw(self.seed, epoch, key), "chance": chance})
             except CorruptSampleError as error:
                 # Only the sample that was asked for is listed: each corrupt one is counted once an epoch.
                 corrupt = corrupt or [f"{manifest.shard_of(number).name}:{key}: {error}"]
@@ -218,7 +219,7 @@ class _Samples(Dataset[Sample]):
         before = torch.get_rng_state()
         torch.default_generator.manual_seed(sample["draw"])
         try:
-            return self.transform(sample)
+            return {name: value for name, value in self.transform(sample).items() if name != "chance"}
         finally:
             torch.set_rng_state(before)
 

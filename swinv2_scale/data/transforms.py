@@ -1,9 +1,9 @@
 """One sample -> one training example, and samples -> a batch.
 
-A sample is a dictionary: "image" an EncodedImage, "label" int, "key" str, "draw" int, "corrupt" list of str. A
-transform returns it with "image" as float32 (3, S, S), normalised. All of its randomness comes out of torch's default
-generator, which the stream seeds with the sample's `draw` first; torchvision.transforms.v2 uses no other (looked up in
-torchvision 0.29).
+A sample is a dictionary: "image" an EncodedImage, "label" int, "key" str, "draw" int, "chance" float (see order.py),
+"corrupt" list of str. A transform returns it with "image" as float32 (3, S, S), normalised. All of its randomness comes
+out of torch's default generator, which the stream seeds with the sample's `draw` first; torchvision.transforms.v2 uses
+no other (looked up in torchvision 0.29).
 """
 
 import math

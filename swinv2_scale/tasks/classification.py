@@ -7,13 +7,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from swinv2_scale import distributed, drawing
 from swinv2_scale.config import instantiate
+from swinv2_scale.data.images import EncodedImage
 from swinv2_scale.data.shards import labelled
 from swinv2_scale.data.stream import Batch
 from swinv2_scale.data.transforms import EvaluationTransform, Mix, to_uint8
 from swinv2_scale.models.swin_v2 import SwinTransformerV2
 from swinv2_scale.telemetry import Picture
-from swinv2_scale.train import Evaluation
+from swinv2_scale.train import Evaluation, Prediction
 
 
 class Classification:
@@ -26,6 +28,7 @@ class Classification:
     open_sample = staticmethod(labelled)
     metrics = ("loss", "top1", "top5")
     tallies: ClassVar[dict[str, tuple[int, ...]]] = {}
+    shown = 24
 
     def __init__(
         self,
@@ -109,17 +112,39 @@ class Classification:
         return {"samples": samples.tolist(), **means}
 
     def pictures(self, model: nn.Module, batch: Batch, classes: Sequence[str]) -> tuple[str, list[Picture]]:
-        """Up to 24 images of a held-out batch with what the model says, wrong ones first."""
-        share, predicted = torch.softmax(model(batch["image"]).float(), dim=1).max(dim=1)
+        """Images of a held-out batch with what the model says.
+
+        Wrong by how far the most probable of the other classes is ahead of the true one, in probability.
+        """
+        shares = torch.softmax(model(batch["image"]).float(), dim=1)
+        share, predicted = shares.max(dim=1)
         name = dict(enumerate(classes))  # empty for shards without a manifest
         said = [f"{name.get(i, i)} ({p:.0%})" for i, p in zip(predicted.tolist(), share.tolist(), strict=True)]
         is_class = [name.get(i, i) for i in batch["label"].tolist()]
         right = (predicted == batch["label"]).tolist()
-        shown = sorted(range(len(right)), key=right.__getitem__)[:24]
+        true = shares.gather(1, batch["label"][:, None])
+        ahead = shares.scatter(1, batch["label"][:, None], 0.0).max(dim=1).values - true[:, 0]
         return "predictions", [
-            Picture(to_uint8(batch["image"][i]), said[i] if right[i] else f"{said[i]}, is {is_class[i]}", right[i])
-            for i in shown
+            Picture(to_uint8(image), said[i] if right[i] else f"{said[i]}, is {is_class[i]}", right[i], wrong)
+            for i, (image, wrong) in enumerate(zip(batch["image"], ahead.tolist(), strict=True))
         ]
+
+    def predict(self, model: nn.Module, image: EncodedImage, classes: Sequence[str]) -> Prediction:
+        """The five most probable classes, written below the picture."""
+        seen = self.evaluation_transform({"image": image})["image"][None].to(distributed.device())
+        logits = model(seen).float()
+        if self.evaluation_flip:
+            logits = (logits + model(seen.flip(-1)).float()) / 2
+        shares, labels = torch.softmax(logits[0], dim=0).topk(min(5, logits.shape[1]))
+        name = dict(enumerate(classes))
+        found = [
+            {"class": str(name.get(label, label)), "label": label, "probability": share}
+            for label, share in zip(labels.tolist(), shares.tolist(), strict=True)
+        ]
+        lines = [f"{one['class']} {one['probability']:.1%}" for one in found]
+        entries: list[drawing.Entry] = [(None, line) for line in lines]
+        picture = drawing.with_legend(image.pixels(), entries, one_a_line=True)
+        return Prediction(picture, ", ".join(lines), {"classes": found})
 
 
 def check_class_names(num_classes: int, *classes: Sequence[str]) -> None:

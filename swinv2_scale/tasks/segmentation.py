@@ -1,5 +1,6 @@
 """Semantic segmentation with UPerNet, by the conventions of ADE20K: the class of every pixel."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -7,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from swinv2_scale import distributed
+from swinv2_scale import distributed, drawing
 from swinv2_scale.config import instantiate
+from swinv2_scale.data.images import EncodedImage
 from swinv2_scale.data.segmentation import (
     IGNORED,
     SegmentationEvaluationTransform,
@@ -21,9 +23,11 @@ from swinv2_scale.models.swin_v2 import SwinTransformerV2
 from swinv2_scale.models.upernet import UPerNet, resized
 from swinv2_scale.tasks.classification import check_class_names
 from swinv2_scale.telemetry import Picture
-from swinv2_scale.train import Evaluation
+from swinv2_scale.train import Evaluation, Prediction
 
 INFERENCE = ("whole", "sliding")
+# Probabilities of a picture to predict, 1 GB; with more of them, pixels are judged at the size that the model sees.
+LARGEST = 2**28
 
 
 class Segmentation:
@@ -40,6 +44,7 @@ class Segmentation:
     open_sample = staticmethod(with_map)
     metrics = ()
     num_classes = 0  # of samples; a pixel has one
+    shown = 8
 
     def __init__(
         self,
@@ -170,18 +175,44 @@ class Segmentation:
         return {"pixels": pixels.tolist(), "iou": iou.tolist(), "accuracy": accuracy.tolist()}
 
     def pictures(self, model: nn.Module, batch: Batch, classes: Sequence[str]) -> tuple[str, list[Picture]]:
-        """Image, prediction and truth side by side, for 8 images of a held-out batch."""
+        """Prediction and truth side by side, for images of a held-out batch, with a legend of the classes in them.
+
+        Wrong by the share of the classified pixels that are taken for another class.
+        """
         names = dict(enumerate(classes))
-        shown = []
-        for views, own, key in list(zip(batch["image"], batch["map"], batch["key"], strict=True))[:8]:
+        pictures = []
+        for views, own, key in zip(batch["image"], batch["map"], batch["key"], strict=True):
             image = to_uint8(views[0]).cpu()
             log_p = self.log_probabilities(model, views, image.shape[1:])
-            truth = F.interpolate(own[None, None].float(), image.shape[1:], mode="nearest-exact")[0, 0].long()
-            panels = [image, *(coloured(image, values, self.classes) for values in (log_p.argmax(dim=0).cpu(), truth))]
-            seen = truth[truth != IGNORED].unique().tolist()
-            said = ", ".join(str(names.get(number, number)) for number in seen[:6])
-            shown.append(Picture(torch.cat(panels, dim=2), f"{key}: {said}"))
-        return "segmentations", shown
+            found = log_p.argmax(dim=0).cpu()
+            truth = F.interpolate(own[None, None].float(), image.shape[1:], mode="nearest-exact")[0, 0].long().cpu()
+            known = truth != IGNORED
+            wrong = float((found != truth)[known].float().mean()) if known.any() else 0.0
+            shown = drawing.beside(drawing.with_classes(image, found), drawing.with_classes(image, truth))
+            seen = torch.cat([found.flatten(), truth[known]]).unique().tolist()
+            legend = [(drawing.colour(number), str(names.get(number, number))) for number in seen]
+            caption = f"{key}: {wrong:.1%} of the pixels wrong"
+            pictures.append(Picture(drawing.with_legend(shown, legend), caption, wrong=wrong))
+        return "segmentations", pictures
+
+    def predict(self, model: nn.Module, image: EncodedImage, classes: Sequence[str]) -> Prediction:
+        """The class of every pixel, in colours over the picture; below it what they mean, the largest part first."""
+        pixels = image.pixels()
+        size, views = pixels.shape[1:], self.evaluation_transform.views(pixels)
+        judged = size if self.classes * math.prod(size) <= LARGEST else views[0].shape[1:]
+        found = self.log_probabilities(model, views, judged).argmax(dim=0).cpu()
+        found = F.interpolate(found[None, None].float(), size, mode="nearest-exact")[0, 0].long()
+        names = dict(enumerate(classes))
+        shares = found.flatten().bincount(minlength=self.classes).double() / found.numel()
+        parts = [
+            {"class": str(names.get(label, label)), "label": label, "share": float(shares[label])}
+            for label in shares.argsort(descending=True, stable=True).tolist()
+            if shares[label] > 0
+        ]
+        lines = [f"{part['class']} {part['share']:.1%}" for part in parts]
+        legend = [(drawing.colour(part["label"]), line) for part, line in zip(parts, lines, strict=True)]
+        picture = drawing.with_legend(drawing.with_classes(pixels, found), legend)
+        return Prediction(picture, ", ".join(lines), {"segments": parts}, (found + 1).to(torch.uint8))
 
 
 def sliding(model: Callable[[Tensor], Tensor], images: Tensor, window: int) -> Tensor:
@@ -213,10 +244,3 @@ def shares(pixels: Tensor) -> tuple[Tensor, Tensor]:
     """From counts (3, classes): intersection over union and accuracy of each class, nan for 0 of 0."""
     both, predicted, truth = pixels
     return both / (predicted + truth - both), both / truth
-
-
-def coloured(image: Tensor, classes: Tensor, number: int) -> Tensor:
-    """An image, uint8 (3, Y, X), under the colours of the classes (Y, X) of its pixels; IGNORED stays as it is."""
-    palette = torch.tensor([(37 * n % 256, 101 * n % 256, 199 * n % 256) for n in range(1, number + 1)])
-    colours = palette[classes.clamp(max=number - 1)].permute(2, 0, 1)
-    return torch.where(classes == IGNORED, image, (0.4 * image + 0.6 * colours).to(torch.uint8))

@@ -7,13 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from swinv2_scale.config import instantiate
+from swinv2_scale.data.images import EncodedImage
 from swinv2_scale.data.shards import labelled
 from swinv2_scale.data.stream import Batch
 from swinv2_scale.data.transforms import SimMIMEvaluationTransform, collate, to_uint8
 from swinv2_scale.models.simmim import SimMIM
 from swinv2_scale.models.swin_v2 import PATCH, SwinTransformerV2
 from swinv2_scale.telemetry import Picture
-from swinv2_scale.train import Evaluation
+from swinv2_scale.train import Evaluation, Prediction
 
 
 class MaskedImageModelling:
@@ -23,6 +24,7 @@ class MaskedImageModelling:
     metrics = ("loss",)
     tallies: ClassVar[dict[str, tuple[int, ...]]] = {}
     num_classes = 0
+    shown = 8
 
     def __init__(
         self, *, train_transform: Callable, evaluation_transform: SimMIMEvaluationTransform, norm_target_window: int
@@ -74,3 +76,10 @@ class MaskedImageModelling:
         return "reconstructions", [
             Picture(to_uint8(panel), key) for panel, key in zip(panels, batch["key"], strict=False)
         ]
+
+    def predict(self, model: nn.Module, image: EncodedImage, classes: Sequence[str]) -> Prediction:
+        """Raises ValueError: there are no classes."""
+        raise ValueError(
+            "a SimMIM fills in hidden pixels and knows no classes: train it for some first, with launch/finetune.py "
+            "checkpoint=… (its report shows what it fills in)"
+        )

@@ -39,14 +39,15 @@ def members(*, masks: bool = True, semantic: bool = False, crowd: bool = False) 
     return found | ({"seg.png": encoded(classes)} if semantic else {})
 
 
-def sample(draw: int = 1, **kinds: bool) -> dict[str, Any]:
-    return {**boxes.with_record(members(**kinds), "abc"), "key": "7", "draw": draw, "corrupt": [], "reads": []}
+def sample(draw: int = 1, chance: float = 0.5, **kinds: bool) -> dict[str, Any]:
+    own = {"key": "7", "draw": draw, "chance": chance, "corrupt": [], "reads": []}
+    return {**boxes.with_record(members(**kinds), "abc"), **own}
 
 
 def transform(
-    *, scale: tuple[float, float] = (1.0, 1.0), flip: float = 0.0, size: int = 90
+    *, scale: tuple[float, float] = (1.0, 1.0), flip: float = 0.0, size: int = 90, jitter: float = 0.0
 ) -> boxes.DetectionTransform:
-    return boxes.DetectionTransform(image_size=size, scale=scale, flip=flip, masks=True)
+    return boxes.DetectionTransform(image_size=size, scale=scale, flip=flip, masks=True, object_jitter=jitter)
 
 
 def coloured(image: torch.Tensor, label: int) -> torch.Tensor:
@@ -99,13 +100,15 @@ def test_a_mirror_image():
         assert torch.equal(mirrored["target"][name], torch.stack([COLUMNS - x2, y1, COLUMNS - x1, y2], dim=1))
 
 
-def test_jitter_and_mirroring_are_drawn_from_torch():
+def test_the_factor_is_the_samples_chance_and_the_rest_is_drawn_from_torch():
     examples = []
     for seed in (0, 0, 1, 2, 3):
         torch.manual_seed(seed)
-        examples.append(transform(scale=(0.1, 2.0), flip=0.5)(sample()))
+        examples.append(transform(scale=(1.0, 2.0), flip=0.5, size=40)(sample(chance=0.8)))
     assert torch.equal(examples[0]["image"], examples[1]["image"])
-    assert len({example["image"].shape for example in examples}) == 4
+    assert len({float(example["image"].sum()) for example in examples}) == 4
+    shapes = [transform(scale=(0.1, 1.1))(sample(chance=chance))["image"].shape[1:] for chance in (0.0, 0.4, 0.9)]
+    assert shapes == [(6, 9), (30, 45), (60, 90)]
 
 
 def test_what_leaves_the_image_is_left_out():
@@ -234,4 +237,4 @@ def test_samples_that_cannot_be_used():
 @pytest.mark.parametrize("scale", [[0.1], [0.0, 1.0], [2.0, 1.0]])
 def test_factors_that_are_none(scale):
     with pytest.raises(ValueError, match="must be two factors above 0"):
-        boxes.DetectionTransform(image_size=64, scale=scale, flip=0.5, masks=True)
+        boxes.DetectionTransform(image_size=64, scale=scale, flip=0.5, masks=True, object_jitter=0.0)

@@ -57,7 +57,24 @@ def test_ranks_and_starts_leave_no_trace(sources, seed, open_shards, world, micr
         fresh = Order(sources, seed=seed, global_batch=batch, open_shards=open_shards)
         ranks = [fresh.micro_batches(step, rank, world, micro) for rank in range(world)]
         together = np.concatenate([np.stack(ranks[rank][p]) for p in range(passes) for rank in range(world)], axis=1)
-        assert np.array_equal(together, np.stack(one.global_batch_of(step)))
+        assert np.array_equal(together, np.stack([*one.global_batch_of(step), one.chances(step)]))
+
+
+def test_chances_rise_within_a_batch_and_are_any_for_a_sample():
+    order = Order([[30, 34]], seed=3, global_batch=16, open_shards=2)
+    seen: list[list[float]] = [[] for _ in range(64)]
+    for step in range(400):
+        chances = order.chances(step)
+        assert (np.diff(chances) > 0).all() and chances[0] >= 0 and chances[-1] < 1
+        for index, chance in zip(order.global_batch_of(step)[1], chances, strict=True):
+            seen[index].append(chance)
+    means, shares = (np.array([f(own) for own in seen]) for f in (np.mean, lambda own: np.mean(np.array(own) < 0.25)))
+    assert abs(means - 0.5).max() < 0.13 and abs(shares - 0.25).max() < 0.2  # each met 100 times
+    again = Order([[30, 34]], seed=3, global_batch=16, open_shards=1)  # reads in another order, with the same numbers
+    assert np.array_equal(again.chances(7), order.chances(7))
+    other = Order([[30, 34]], seed=4, global_batch=16, open_shards=2)
+    assert not np.array_equal(other.chances(7), order.chances(7))
+    assert not np.array_equal(order.chances(8), order.chances(7))
 
 
 @settings(max_examples=100, deadline=None)

@@ -122,6 +122,37 @@ def test_the_stream_follows_the_order(make):
         assert batch["key"] == [read_sample(manifest, index)[0] for index in indices.tolist()]
 
 
+@pytest.mark.parametrize(("world_size", "micro_batch", "workers", "start"), [(1, 8, 0, 0), (2, 2, 1, 0), (4, 2, 0, 3)])
+def test_chances_reach_the_transform_whoever_loads(make, world_size, micro_batch, workers, start):
+    data = Mixture((make(),), open_shards=2)
+    order = data.order(seed=3, global_batch=8)
+    ranks = [
+        list(
+            training_stream(
+                data,
+                order,
+                lambda sample: {**sample, "told": sample["chance"]},
+                lambda samples: (
+                    {name: [one[name] for one in samples] for name in ("key", "told")}
+                    | {"corrupt": [], "reads": [], "left": "chance" in samples[0]}
+                ),
+                micro_batch=micro_batch,
+                rank=rank,
+                world_size=world_size,
+                workers=workers,
+                start_step=start,
+                stop_step=7,
+                max_corrupt_share=1.0,
+            )
+        )
+        for rank in range(world_size)
+    ]
+    batches = [part for parts in zip(*ranks, strict=True) for part in parts]  # [step][accumulation][world]
+    told = [chance for batch in batches for chance in batch["told"]]
+    assert told == [chance for step in range(start, 7) for chance in order.chances(step).tolist()]
+    assert not any(batch["left"] for batch in batches)
+
+
 @pytest.mark.parametrize(("start", "workers"), [(2, 0), (3, 0), (5, 2)])
 def test_resuming_at_a_step_gives_the_tail(make, start, workers):
     manifest = make()

@@ -1,7 +1,6 @@
 """The detection task: COCO's numbers whatever the ranks, and what a run needs of it."""
 
 import json
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,6 +10,7 @@ from test_coco import IDS, directly, guesses, scenes
 
 from swinv2_scale import config, distributed
 from swinv2_scale.data import coco
+from swinv2_scale.data.boxes import DetectionTransform
 from swinv2_scale.models.convert import describe, load_checkpoint
 from swinv2_scale.models.detection.cascade import Detections
 from swinv2_scale.tasks.detection import Detection, as_results, merged_numbers
@@ -124,7 +124,10 @@ def test_an_evaluation_of_a_model_counts_every_image_once(tmp_path):
     with pytest.raises(RuntimeError, match="2 samples were evaluated of 3"):
         evaluate(model, made, [batch([1, 2])], 3)
     name, pictures = made.pictures(model, batch([1, 2]), ["a", "b", "c"])
-    assert name == "detections" and [picture.image.shape for picture in pictures] == [(3, 64, 64)] * 2
+    assert name == "detections" and len(pictures) == 2
+    for picture in pictures:  # of 64 pixels, enlarged; prediction | truth
+        assert picture.image.shape == (3, 384, 2 * 384 + 8)
+        assert picture.wrong > 0 and picture.good is False and picture.caption.startswith("x.jpg: 1 of 1 missed, ")
     assert made.settings == {"image_size": 64, "scales": [1.0], "flip": True}
 
 
@@ -209,5 +212,5 @@ def test_the_configuration_builds_htc_with_what_the_recipe_says():
     assert (model.semantic_weight, model.num_classes, model.suppression) == (0.2, 3, "linear")
     assert model.decoder.attention is not None and model.decoder.semantic_head is not None
     assert model.decoder.mask_heads[2].previous is not None
-    jitter: Callable = made.train_transform.joint.transforms[0]
-    assert (jitter.scale_range, jitter.target_size) == ((0.1, 2.0), (64, 64))
+    assert isinstance(made.train_transform, DetectionTransform)
+    assert (made.train_transform.scale, made.train_transform.image_size) == ((0.1, 2.0), 64)

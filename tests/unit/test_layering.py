@@ -31,6 +31,7 @@ LAYERS = {
     "swinv2_scale.checkpoint": 3,
     "swinv2_scale.report": 3,
     "swinv2_scale.charts": 3,
+    "swinv2_scale.drawing": 3,
     "swinv2_scale.dashboard": 3,
     "swinv2_scale.compare": 3,
     "swinv2_scale.export": 3,
@@ -43,8 +44,10 @@ LAYERS = {
     "swinv2_scale.tasks": 5,
     "swinv2_scale.run": 5,
     "swinv2_scale.evaluation": 5,
+    "swinv2_scale.predict": 5,
     "swinv2_scale.submit": 5,
     "swinv2_scale.cli": 6,
+    "swinv2_scale.cli_data": 6,
     "swinv2_scale": 6,
     "launch": 7,
 }
