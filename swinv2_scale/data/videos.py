@@ -90,7 +90,7 @@ class EncodedVideo:
 
     @cached_property
     def _packets(self) -> np.ndarray:
-        """int64 (N, 3), a row a frame in the file's order: when shown, when decoded, whether decoding can begin there."""
+        """int64 (N, 3), one row a frame in the file's order: when shown, when decoded, whether a key frame."""
         container, stream = self._opened
         packets = []
         try:
