@@ -196,7 +196,7 @@ def kinetics(source: Path) -> Source:
         layout = "Kinetics is SOURCE/class/name.mp4, or a table of label,youtube_id,time_start,time_end, or a list"
         classes, items = class_folders(source, VIDEO_EXTENSIONS, "videos", layout)
         return Source(classes, _sound(items, source))
-    if source.is_file() and "youtube_id" not in source.open(encoding="utf-8-sig", errors="replace").readline():
+    if source.is_file() and "youtube_id" not in source.read_text("utf-8-sig", "replace").partition("\n")[0]:
         classes, wanted = [], _listed_videos(source)
     else:
         classes, wanted = _tabled_videos(source)
@@ -233,7 +233,7 @@ def _tabled_videos(table: Path) -> tuple[list[str], list[tuple[str, Path | None,
     for path in sorted(root.rglob("*")):
         if path.suffix[1:].lower() in VIDEO_EXTENSIONS:
             found.setdefault(path.stem, path)
-    videos = []
+    videos: list[tuple[str, Path | None, int]] = []
     for place, row in rows:
         try:
             name = f"{row['youtube_id']}_{int(row['time_start']):06d}_{int(row['time_end']):06d}"
@@ -241,10 +241,9 @@ def _tabled_videos(table: Path) -> tuple[list[str], list[tuple[str, Path | None,
             raise ValueError(
                 f"{place}: time_start {row['time_start']!r} and time_end {row['time_end']!r} must be whole seconds"
             ) from None
-        path = found.get(name)
-        videos.append(
-            (f"{row['label'].replace('/', '_')}/{path.name if path else name + '.mp4'}", path, number[row["label"]])
-        )
+        file = found.get(name)
+        below = f"{row['label'].replace('/', '_')}/{file.name if file else name + '.mp4'}"
+        videos.append((below, file, number[row["label"]]))
     return classes, videos
 
 
@@ -254,7 +253,7 @@ def _listed_videos(table: Path) -> list[tuple[str, Path | None, int]]:
     for number, line in enumerate(table.read_text(encoding="utf-8-sig").splitlines(), 1):
         if not line.strip():
             continue
-        match = re.fullmatch(r"(.*\S)(?:\s+|\s*,\s*)(\d+)", line.strip())
+        match = re.fullmatch(r"(.*?)\s*[,\s]\s*(\d+)", line.strip())
         if not match or PurePath(match[1]).suffix[1:].lower() not in VIDEO_EXTENSIONS:
             known = ", ".join(VIDEO_EXTENSIONS)
             raise ValueError(f'{table}, line {number}: {line!r} is no "path label" of a video ({known}) and a number')

@@ -36,20 +36,23 @@ class EncodedVideo:
     def frames(self, numbers: Sequence[int]) -> torch.Tensor:
         """The frames of these numbers, in their order, with repetitions: uint8 (T, 3, Y, X)."""
         container, stream = self._opened
-        keys, starts = self._keys
+        keys = self._keys
         wanted = sorted({int(self._shown[number]) for number in numbers})
         pixels: dict[int, torch.Tensor] = {}
+
+        def key_before(stamp: int) -> int:
+            return int(np.searchsorted(keys, stamp, side="right")) - 1
+
         try:
             while wanted:
-                begin = max(0, int(np.searchsorted(keys, wanted[0], side="right")) - 1)
-                container.seek(int(starts[begin]), stream=stream)
+                container.seek(int(keys[max(0, key_before(wanted[0]))]), stream=stream)
                 for frame in container.decode(stream):
+                    if frame.pts < wanted[0]:
+                        continue
                     while wanted and frame.pts >= wanted[0]:
                         pixels[wanted.pop(0)] = _upright(frame)
-                    # A key frame in between: seeking there is less work than decoding up to it.
-                    if not wanted or np.searchsorted(keys, wanted[0], "right") > np.searchsorted(
-                        keys, frame.pts, "right"
-                    ):
+                    # Where there is a key frame before the next one, to seek it is less work than to decode up to it.
+                    if not wanted or key_before(wanted[0]) > key_before(frame.pts):
                         break
                 else:
                     raise EOFError(f"it ends before its frame at {wanted[0]} of {self._shown[-1]}")
@@ -62,7 +65,7 @@ class EncodedVideo:
         container, stream = self._opened
         last = None
         try:
-            container.seek(int(self._keys[1][0]), stream=stream)
+            container.seek(int(self._keys[0]), stream=stream)
             for last in container.decode(stream):  # noqa: B007  # all are decoded, one is looked at
                 pass
             if last is None:
@@ -90,15 +93,15 @@ class EncodedVideo:
 
     @cached_property
     def _packets(self) -> np.ndarray:
-        """int64 (N, 3), one row a frame in the file's order: when shown, when decoded, whether a key frame."""
+        """int64 (N, 2) of the frames in the file's order: when shown, and whether decoding can begin with it."""
         container, stream = self._opened
         packets = []
         try:
             for packet in container.demux(stream):
                 if packet.is_corrupt:
                     raise EOFError("it is cut short")
-                if packet.pts is not None and packet.dts is not None and not packet.is_discard:
-                    packets.append((packet.pts, packet.dts, packet.is_keyframe))
+                if packet.pts is not None and not packet.is_discard:  # the last one is empty
+                    packets.append((packet.pts, packet.is_keyframe))
             if not packets:
                 raise EOFError("it has no frame")
         except Exception as error:
@@ -111,11 +114,10 @@ class EncodedVideo:
         return np.sort(self._packets[:, 0])
 
     @cached_property
-    def _keys(self) -> tuple[np.ndarray, np.ndarray]:
-        """Of the frames that decoding can begin with: when they are shown, ascending, and when decoded."""
-        keys = self._packets[self._packets[:, 2] > 0]
-        keys = keys[np.argsort(keys[:, 0])] if len(keys) else self._packets[:1]
-        return keys[:, 0], keys[:, 1]
+    def _keys(self) -> np.ndarray:
+        """int64: the time stamps of the frames that decoding can begin with, ascending."""
+        keys = self._packets[self._packets[:, 1] > 0, 0]
+        return np.sort(keys) if len(keys) else self._shown[:1]
 
 
 def encode(frames: np.ndarray, times: Sequence[float], *, rotation: int = 0) -> bytes:

@@ -1,4 +1,4 @@
-"""Videos as a user runs them: motions packed as Kinetics, a training that is killed and goes on, tests of many views."""
+"""Videos as a user runs them: motions packed as Kinetics, a training that is killed and goes on, tests of views."""
 
 import csv
 import json

@@ -114,7 +114,7 @@ def test_axes_of_a_clip_are_shifted_apart(shift, mask_value, sets, monkeypatch) 
         monkeypatch.setenv(native.FORCE, name)
         qkv, *rest = (x.detach().to(dtype) if number == 0 else x.detach() for number, x in enumerate(inputs))
         rest = [x.to(torch.promote_types(dtype, torch.float32)) for x in rest]
-        limit = 1e-12 if dtype == torch.float64 else 40 * torch.finfo(dtype).eps  # a wrong window is off by 0.1 and more
+        limit = 1e-12 if dtype == torch.float64 else 40 * torch.finfo(dtype).eps  # a wrong mask is off by 0.1
         for ours, theirs in zip(
             run(cosine_window_attention, [qkv, *rest], **arguments, implementation="cpu"), expected, strict=True
         ):
