@@ -5,9 +5,10 @@ docs/benchmarks/video_decoding.py.
 """
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -35,24 +36,17 @@ class EncodedVideo:
 
     def frames(self, numbers: Sequence[int]) -> torch.Tensor:
         """The frames of these numbers, in their order, with repetitions: uint8 (T, 3, Y, X)."""
-        container, stream = self._opened
-        keys = self._keys
         wanted = sorted({int(self._shown[number]) for number in numbers})
         pixels: dict[int, torch.Tensor] = {}
-
-        def key_before(stamp: int) -> int:
-            return int(np.searchsorted(keys, stamp, side="right")) - 1
-
         try:
             while wanted:
-                container.seek(int(keys[max(0, key_before(wanted[0]))]), stream=stream)
-                for frame in container.decode(stream):
+                for frame in self._decoded(wanted[0]):
                     if frame.pts < wanted[0]:
                         continue
                     while wanted and frame.pts >= wanted[0]:
                         pixels[wanted.pop(0)] = _upright(frame)
                     # Where there is a key frame before the next one, to seek it is less work than to decode up to it.
-                    if not wanted or key_before(wanted[0]) > key_before(frame.pts):
+                    if not wanted or self._key(wanted[0]) > self._key(frame.pts):
                         break
                 else:
                     raise EOFError(f"it ends before its frame at {wanted[0]} of {self._shown[-1]}")
@@ -62,11 +56,9 @@ class EncodedVideo:
 
     def check(self) -> tuple[int, int]:
         """(Y, X) of a video that decodes to its end."""
-        container, stream = self._opened
         last = None
         try:
-            container.seek(int(self._keys[0]), stream=stream)
-            for last in container.decode(stream):  # noqa: B007  # all are decoded, one is looked at
+            for last in self._decoded(int(self._shown[0])):  # noqa: B007  # all are decoded, one is looked at
                 pass
             if last is None:
                 raise EOFError("it has no frame")
@@ -76,6 +68,22 @@ class EncodedVideo:
             raise CorruptSampleError(f"video does not decode ({error})") from error
         _, height, width = _upright(last).shape
         return height, width
+
+    def _decoded(self, stamp: int) -> Iterator[Any]:
+        """PyAV's frames, from the key frame before a time stamp on."""
+        container, stream = self._opened
+        container.seek(int(self._keys[self._key(stamp)]), stream=stream)
+        frames = container.decode(stream)
+        first = next(frames, None)
+        if first is not None and first.pts <= stamp:
+            return chain([first], frames)
+        del self._opened  # AVI is searched by other time stamps, and may land behind: from its beginning, then
+        container, stream = self._opened
+        return container.decode(stream)
+
+    def _key(self, stamp: int) -> int:
+        """Which of the key frames is the last before a time stamp; of those before all, the first."""
+        return max(0, int(np.searchsorted(self._keys, stamp, side="right")) - 1)
 
     @cached_property
     def _opened(self) -> tuple[Any, Any]:
