@@ -1,4 +1,5 @@
 # make demo       install, pack real images, pretrain, fine-tune, evaluate, report: the main job, on a fresh machine
+# make demo-video the same for videos: photographs and digits in motion, fine-tuned and evaluated over several views
 # make test       install, lint, types, tests (under 20 minutes on two cores)
 # make test-long  the whole demo and longer sweeps
 # make bench      steps of this project and of other libraries side by side; hours on two cores
@@ -13,7 +14,7 @@ DEMO   := PATH="$(BIN):$$PATH" DS_ACCELERATOR=cpu $(BIN)/deepspeed --num_acceler
 PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 SHARDS := photographs/train photographs/validation digits/train digits/validation
 
-.PHONY: demo test test-long bench lint pack clean
+.PHONY: demo demo-video test test-long bench lint pack clean
 
 demo: $(VENV)/.demo pack
 	rm -rf runs/demo_simmim runs/demo_classification runs/evaluation
@@ -26,6 +27,15 @@ demo: $(VENV)/.demo pack
 	@echo "Your own images:  $(VENV)/bin/swinv2-scale data pack IMAGES/train shards/train    (IMAGES/train/CLASS/*.jpg)"
 	@echo "                  $(VENV)/bin/deepspeed launch/pretrain.py model=t name=mine data.train=shards/train epochs=100 global_batch=256"
 	@echo "Your own cluster: the same command under torchrun or srun, one process per accelerator; see README.md"
+
+demo-video: $(VENV)/.video
+	@test -e data/motions/validation.csv || $(BIN)/swinv2-scale data motions data/motions
+	@for split in training validation; do $(BIN)/swinv2-scale data pack data/motions/$$split.csv data/motions_$$split --format kinetics || exit 1; done
+	rm -rf runs/demo_video runs/demo_video_test
+	$(DEMO) launch/finetune.py experiment=demo_video
+	$(DEMO) launch/evaluate.py experiment=demo_video name=demo_video_test checkpoint=runs/demo_video \
+	    task.evaluation_transform.views=4 task.evaluation_transform.crops=3 task.evaluation_transform.resize=1.25
+	@$(BIN)/swinv2-scale report runs/demo_video
 
 pack: $(VENV)/.demo
 	@for shards in $(SHARDS); do $(BIN)/swinv2-scale data pack $$shards data/$$shards --format demo || exit 1; done
@@ -52,6 +62,10 @@ $(VENV)/.torch:
 
 $(VENV)/.demo: $(VENV)/.torch setup.py pyproject.toml $(wildcard kernels/*.*)
 	$(BIN)/python -m pip install -q -e '.[demo]'
+	@touch $@
+
+$(VENV)/.video: $(VENV)/.demo
+	$(BIN)/python -m pip install -q -e '.[demo,video]'
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.torch setup.py pyproject.toml $(wildcard kernels/*.*)

@@ -24,6 +24,7 @@ conf = ["swinv2_scale.conf"] + [f"swinv2_scale.conf.{path.name}" for path in (he
 embed = ["pyarrow>=16"]
 s3 = ["s3fs>=2024.2"]
 detection = ["pycocotools>=2.0.8"]
+video = ["av>=14.2"]
 export = ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"]
 
 OLDEST_TORCH = (2, 10)  # the first whose stable ABI has what kernels/bindings.cpp uses
@@ -199,6 +200,7 @@ setup(
         "embed": embed,
         "export": export,
         "s3": s3,
+        "video": video,
         "dashboard": ["wandb-workspaces>=0.4"],
         "tensorboard": ["tensorboard>=2.16"],
         "test": [
@@ -219,6 +221,7 @@ setup(
             *embed,
             *export,
             *s3,
+            *video,
         ],
     },
 )

@@ -2,6 +2,7 @@
 
 deepspeed launch/evaluate.py checkpoint=runs/mine data.validation=/data/imagenet/val
 torchrun --nproc-per-node 8 launch/evaluate.py checkpoint=runs/mine data.validation=/data/imagenetv2
+deepspeed launch/evaluate.py task=video checkpoint=runs/clips data.validation=SHARDS task.evaluation_transform.views=4
 """
 
 import sys

@@ -1,7 +1,8 @@
-"""Fine-tune for classification, or for segmentation with task=segmentation.
+"""Fine-tune for classification, or with task=segmentation, task=detection, task=video for what these say.
 
 deepspeed launch/finetune.py experiment=demo_classification checkpoint=runs/demo_simmim
 deepspeed launch/finetune.py experiment=demo_segmentation
+deepspeed launch/finetune.py experiment=demo_video checkpoint=runs/of_images
 """
 
 import sys

@@ -10,7 +10,7 @@ imagefolder  SOURCE/class/name.jpg
 csv          table with a column path, and label (number) or class (name) or neither
 coco         ROOT/annotations/instances_SPLIT.json, with the images in ROOT/SPLIT
 ade20k       ADEChallengeData2016/images/SPLIT
-kinetics     SOURCE/class/name.mp4, or a table SPLIT.csv above the videos
+kinetics     SOURCE/class/name.mp4, or a table SPLIT.csv, or a list of lines "path label", above the videos
 demo         photographs/train, photographs/validation, digits/train, digits/validation"""
 
 
@@ -33,6 +33,10 @@ def add(commands: Any) -> None:
     scenes = actions.add_parser("scenes", help="write photographs with digits on them, as ADE20K's and as COCO's files")
     scenes.add_argument("directory", type=Path, help="to create; then: data pack DIRECTORY/images/training …")
     scenes.set_defaults(run=_scenes)
+
+    motions = actions.add_parser("motions", help="write videos of photographs and digits in motion, as Kinetics' files")
+    motions.add_argument("directory", type=Path, help="to create; then: data pack DIRECTORY/training.csv …")
+    motions.set_defaults(run=_motions)
 
     index = actions.add_parser("index", help="write the manifest of tar shards that have none, from .idx files if any")
     index.add_argument("directory", type=Path)
@@ -84,6 +88,14 @@ def _pack(arguments: argparse.Namespace) -> int:
 
 def _scenes(arguments: argparse.Namespace) -> int:
     from swinv2_scale.data.scenes import COUNTS, write_tree
+
+    write_tree(arguments.directory)
+    print(f"{' and '.join(f'{number} for {split}' for split, number in COUNTS.items())}: {arguments.directory}")
+    return 0
+
+
+def _motions(arguments: argparse.Namespace) -> int:
+    from swinv2_scale.data.motions import COUNTS, write_tree
 
     write_tree(arguments.directory)
     print(f"{' and '.join(f'{number} for {split}' for split, number in COUNTS.items())}: {arguments.directory}")

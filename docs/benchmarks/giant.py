@@ -2,8 +2,9 @@
 
     python docs/benchmarks/giant.py                       # 192 pixels at window 12, 1536 pixels at window 32
     python docs/benchmarks/giant.py --sizes 192/12 --model l --memory none
+    python docs/benchmarks/giant.py --sizes 320/20 --model video_b     # 8 frames, windows of 8 over time
 
-bfloat16 weights, one image, each size in a process of its own. Every gradient is kept to the end and looked at.
+bfloat16 weights, one image or clip, each size in a process of its own. Every gradient is kept to the end and looked at.
 """
 
 import argparse
@@ -29,7 +30,8 @@ def resident(name: str) -> float:
 
 def measure(size: str, policy: str, image: int, window: int) -> None:
     """Print a row of the table."""
-    settings = [f"model={size}", f"memory={policy}", f"model.image_size={image}", f"model.window_size={window}"]
+    windows = f"[8,{window},{window}]" if size.startswith("video") else window
+    settings = [f"model={size}", f"memory={policy}", f"model.image_size={image}", f"model.window_size={windows}"]
     cfg = config.compose("pretrain", [*settings, "task=classification", "name=x", "global_batch=1", "data.train=x"])
     before = resident("VmRSS")
     with torch.device("meta"):
@@ -42,7 +44,7 @@ def measure(size: str, policy: str, image: int, window: int) -> None:
             # Blocks of a fresh model are the identity, and most of their gradients zero: here they are not.
             parameter.copy_(initial(name) + 0.02 * ("norm" in name))
     memory.apply(model, **cfg.memory)
-    images = torch.randn(1, 3, image, image, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(1, 3, *model.input_size, generator=torch.Generator().manual_seed(0))
     begin = time.monotonic()
     loss = torch.nn.functional.cross_entropy(model(images).float(), torch.tensor([1]))
     forward = time.monotonic() - begin
@@ -53,7 +55,7 @@ def measure(size: str, policy: str, image: int, window: int) -> None:
     zero = [name for name, value in gradients.items() if value is not None and not bool(value.any())]
     parameters = sum(math.prod(parameter.shape) for parameter in model.parameters())
     print(
-        f"| {size.upper()}, {parameters / 1e6:,.1f} M | {image} / {window} | {policy} "
+        f"| {size.upper()}, {parameters / 1e6:,.1f} M | {image} / {windows} | {policy} "
         f"| {forward:.0f} s | {backward:.0f} s | {resident('VmHWM'):.1f} GiB ({before:.1f} before the model) "
         f"| {loss.item():.4f} | {len(gradients) - len(wrong)} of {len(gradients)} finite, {len(zero)} zero |",
         flush=True,

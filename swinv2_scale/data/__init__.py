@@ -12,8 +12,11 @@
     segmentation.py the same for images with the class of each pixel
     coco.py         COCO's annotations, results and evaluation
     boxes.py        images with objects: joint transforms, pasting, batches
+    videos.py       encoded videos, of which single frames are decoded
+    clips.py        videos -> clips: which frames, and what is done to all of them alike
     demo.py         real images that ship inside scikit-image and scikit-learn
     scenes.py       photographs with digits on them, for segmentation and detection
+    motions.py      photographs and digits in motion, for videos
 
 Nothing here knows of models, engines or configuration files.
 """

@@ -6,7 +6,8 @@
     coco          SOURCE is ROOT/annotations/instances_SPLIT.json, the images are in ROOT/SPLIT; maybe with maps of
                   COCO-Stuff, stuffthingmaps/SPLIT/name.png: the value c is class c, 255 is no class
     ade20k        SOURCE is ADEChallengeData2016/images/SPLIT, the masks are in ADEChallengeData2016/annotations/SPLIT
-    kinetics      SOURCE/class/name.mp4; or SOURCE is the published table SPLIT.csv, with the videos anywhere below it
+    kinetics      SOURCE/class/name.mp4; or SOURCE is the published table SPLIT.csv, with the videos anywhere below it,
+                  or a list of lines "path label" without a header
     demo          images that ship inside Python packages, see demo.py
 
 Members of a sample, beside `cls` where it has one label:
@@ -23,12 +24,17 @@ import csv
 import io
 import json
 import logging
+import os
+import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PosixPath, PurePath
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
+from rich.console import Console
+from rich.progress import track
 
 from swinv2_scale.data import demo
 from swinv2_scale.data.coco import read_annotations
@@ -43,6 +49,7 @@ from swinv2_scale.data.folder import (
     sample_key,
 )
 from swinv2_scale.data.images import CorruptSampleError, EncodedMap
+from swinv2_scale.data.videos import EncodedVideo
 
 log = logging.getLogger(__name__)
 
@@ -218,28 +225,58 @@ def ade20k(images: Path) -> Source:
 
 
 def kinetics(source: Path) -> Source:
-    """The videos of a tree `source/class/name.mp4` (see class_folders), or of a published Kinetics table.
+    """The videos of a tree `source/class/name.mp4` (see class_folders), of a published Kinetics table, or of a list.
 
     A table has the columns label, youtube_id, time_start, time_end (seconds). Its videos are called
     ID_START_END.mp4, numbers with six digits, in any directory below the table's, or, where that is called
-    annotations, below the one above. Videos that are not there are counted in a warning: many have left the network
-    since the tables were published. Classes are all labels of the table, sorted.
+    annotations, below the one above. Classes are all labels of the table, sorted. A list has lines "path label" or
+    "path,label", paths absolute or relative to the list's directory, labels numbers.
+
+    Videos that are not there are counted in a warning, as many have left the network since the tables were published,
+    and so are those whose first frame does not decode; both are left out.
     """
-    if source.suffix.lower() != ".csv":
-        layout = "Kinetics is SOURCE/class/name.mp4, or a table of label,youtube_id,time_start,time_end"
-        return Source(*class_folders(source, VIDEO_EXTENSIONS, "videos", layout))
-    _, lines = _read_table(source, ["label", "youtube_id", "time_start", "time_end"])
-    rows = list(lines)
+    if not source.is_file() and source.suffix.lower() != ".csv":
+        layout = "Kinetics is SOURCE/class/name.mp4, or a table of label,youtube_id,time_start,time_end, or a list"
+        classes, items = class_folders(source, VIDEO_EXTENSIONS, "videos", layout)
+        return Source(classes, _sound(items, source))
+    if source.is_file() and "youtube_id" not in source.read_text("utf-8-sig", "replace").partition("\n")[0]:
+        classes, wanted = [], _listed_videos(source)
+    else:
+        classes, wanted = _tabled_videos(source)
+    items, missing = [], []
+    taken: set[str] = set()
+    for name, path, label in wanted:
+        if path is None or not path.is_file():
+            missing.append(name)
+        else:
+            below = PurePath(*(part for part in PurePath(name).parts if part not in (PurePath(name).anchor, "..")))
+            items.append(one_file(sample_key(below, taken), path.suffix[1:].lower(), label, path))
+    if not items:
+        raise ValueError(
+            f"none of the {len(missing)} videos of {source} is there, the first would be {missing[0]}; "
+            "put the table or list above the videos"
+            if missing
+            else f"{source} lists no video; get it again"
+        )
+    if missing:
+        log.warning(
+            "%s: %d of %d videos are missing, such as %s; they are left out",
+            *(source, len(missing), len(wanted), missing[0]),
+        )
+    return Source(classes, _sound(items, source))
+
+
+def _tabled_videos(table: Path) -> tuple[list[str], list[tuple[str, Path | None, int]]]:
+    """Classes of a published table; of each video class/name, its file, None where there is none, and its label."""
+    rows = list(_read_table(table, ["label", "youtube_id", "time_start", "time_end"])[1])
     classes = sorted({row["label"] for _, row in rows})
     number = {name: position for position, name in enumerate(classes)}
-    root = source.parent.parent if source.parent.name == "annotations" else source.parent
+    root = table.parent.parent if table.parent.name == "annotations" else table.parent
     found: dict[str, Path] = {}  # of several of one name the first: train/x.mp4 may have a sound copy replacement/x.mp4
     for path in sorted(root.rglob("*")):
         if path.suffix[1:].lower() in VIDEO_EXTENSIONS:
             found.setdefault(path.stem, path)
-    items = []
-    taken: set[str] = set()
-    missing = []
+    videos: list[tuple[str, Path | None, int]] = []
     for place, row in rows:
         try:
             name = f"{row['youtube_id']}_{int(row['time_start']):06d}_{int(row['time_end']):06d}"
@@ -247,25 +284,50 @@ def kinetics(source: Path) -> Source:
             raise ValueError(
                 f"{place}: time_start {row['time_start']!r} and time_end {row['time_end']!r} must be whole seconds"
             ) from None
-        if name not in found:
-            missing.append(name)
+        file = found.get(name)
+        below = f"{row['label'].replace('/', '_')}/{file.name if file else name + '.mp4'}"
+        videos.append((below, file, number[row["label"]]))
+    return classes, videos
+
+
+def _listed_videos(table: Path) -> list[tuple[str, Path | None, int]]:
+    """Of each video of a list, the path that it has there, its file, and its label."""
+    videos: list[tuple[str, Path | None, int]] = []
+    for number, line in enumerate(table.read_text(encoding="utf-8-sig").splitlines(), 1):
+        if not line.strip():
             continue
-        path = found[name]
-        key = sample_key(PurePath(row["label"].replace("/", "_"), path.name), taken)
-        items.append(one_file(key, path.suffix[1:].lower(), number[row["label"]], path))
-    if not items:
-        raise ValueError(
-            f"none of the {len(missing)} videos of {source} is below {root}, the first would be {missing[0]}.mp4; "
-            "put the table above the videos"
-            if missing
-            else f"{source} lists no video; get the table again"
-        )
-    if missing:
+        match = re.fullmatch(r"(.*?)\s*[,\s]\s*(\d+)", line.strip())
+        if not match or PurePath(match[1]).suffix[1:].lower() not in VIDEO_EXTENSIONS:
+            known = ", ".join(VIDEO_EXTENSIONS)
+            raise ValueError(f'{table}, line {number}: {line!r} is no "path label" of a video ({known}) and a number')
+        videos.append((match[1], table.parent / match[1], int(match[2])))
+    return videos
+
+
+def _sound(items: list[Item], source: Path) -> list[Item]:
+    """Those whose video opens and has a first frame; a warning counts the others. ValueError if there are none."""
+
+    def problem(item: Item) -> str:
+        (path,) = (content for content in item.members.values() if isinstance(content, Path))
+        try:
+            EncodedVideo(path.read_bytes()).frames([0])
+        except CorruptSampleError as error:
+            return f"{path} ({error})"
+        except OSError:
+            return ""  # which packing says better
+        return ""
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        problems = list(track(pool.map(problem, items), "opening videos", len(items), console=Console(stderr=True)))
+    broken = [text for text in problems if text]
+    if broken:
         log.warning(
-            "%s: %d of %d videos are missing, such as %s.mp4; they are left out",
-            *(source, len(missing), len(rows), missing[0]),
+            "%s: %d of %d videos are broken, such as %s; they are left out",
+            *(source, len(broken), len(items), "; ".join(broken[:3])),
         )
-    return Source(classes, items)
+    if len(broken) == len(items):
+        raise ValueError(f"{source}: none of {len(items)} videos can be read, the first of them {broken[0]}")
+    return [item for item, text in zip(items, problems, strict=True) if not text]
 
 
 def _read_table(table: Path, needed: list[str]) -> tuple[list[str], Iterator[tuple[str, dict[str, str]]]]:

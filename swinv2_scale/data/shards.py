@@ -18,6 +18,7 @@ from swinv2_scale.data.folder import IMAGE_EXTENSIONS, MASK_EXTENSION, VIDEO_EXT
 from swinv2_scale.data.images import CorruptSampleError, EncodedImage, EncodedMap
 from swinv2_scale.data.manifest import Manifest, Shard, sha256_of, split_member
 from swinv2_scale.data.order import OPEN_SHARDS, mixing
+from swinv2_scale.data.videos import EncodedVideo
 
 _OPEN_SHARDS = 128  # open files per process; hosts commonly allow 1,024
 
@@ -85,6 +86,14 @@ def labelled(members: dict[str, bytes], classes: Sequence[str]) -> dict[str, Any
     """A sample of a picture and a class, as transforms take it: "image" and "label", as in open_sample."""
     image, label = open_sample(members, classes)
     return {"image": image, "label": label}
+
+
+def filmed(members: dict[str, bytes], classes: Sequence[str]) -> dict[str, Any]:
+    """As `labelled`, of a video: "image" is an EncodedVideo. Raises CorruptSampleError."""
+    extension = next((extension for extension in VIDEO_EXTENSIONS if extension in members), None)
+    if extension is None:
+        raise CorruptSampleError(f"no video among its members {sorted(members)}")
+    return {"image": EncodedVideo(members[extension]), "label": decode_label(members, classes)}
 
 
 def with_map(members: dict[str, bytes], classes: Sequence[str]) -> dict[str, Any]:
@@ -155,16 +164,15 @@ def pixel_size(image: EncodedImage) -> tuple[int, int]:
     return height, width
 
 
-def _check_sample(members: dict[str, bytes], manifest: Manifest) -> tuple[tuple[int, int] | None, int]:
-    """Size (Y, X) of a sample's image, None for a video, and its label, -1 for none.
+def _check_sample(members: dict[str, bytes], manifest: Manifest) -> tuple[tuple[int, int], int]:
+    """Size (Y, X) of a sample's image or video, and its label, -1 for none.
 
     What a sample must have depends on the format that it was packed from. Raises CorruptSampleError.
     """
     layout = manifest.origin.get("format")
     if layout == "kinetics":
-        if not any(members.get(extension) for extension in VIDEO_EXTENSIONS):
-            raise CorruptSampleError(f"no video among its members {sorted(members)}, or an empty one")
-        return None, decode_label(members, manifest.classes)
+        video = filmed(members, manifest.classes)
+        return video["image"].check(), video["label"]
     if layout not in ("coco", "ade20k"):
         image, label = open_sample(members, manifest.classes)
         return pixel_size(image), label
@@ -224,8 +232,7 @@ def stats(manifest: Manifest, *, open_shards: int = OPEN_SHARDS, looked_at: int 
             continue
         extensions.update(members.keys())
         labels[manifest.classes[label] if manifest.classes and label >= 0 else str(label)] += 1
-        if shape is not None:
-            shapes.append(shape)
+        shapes.append(shape)
     return {
         "samples": len(manifest),
         "shards": len(sizes),

@@ -63,7 +63,7 @@ class SimMIMTransform:
             [
                 RandomResizedCrop(image_size, tuple(crop_scale), tuple(crop_ratio)),
                 v2.RandomHorizontalFlip(flip),
-                *_normalise(),
+                *normalisation(),
             ]
         )
 
@@ -79,7 +79,7 @@ class SimMIMEvaluationTransform:
         _check_mask(image_size, mask_unit, mask_ratio)
         self.image_size, self.mask_unit, self.mask_ratio = image_size, mask_unit, mask_ratio
         resize = v2.Resize(image_size, antialias=True)
-        self.image = v2.Compose([Decode(), resize, v2.CenterCrop(image_size), *_normalise()])
+        self.image = v2.Compose([Decode(), resize, v2.CenterCrop(image_size), *normalisation()])
 
     def __call__(self, sample: Sample) -> Sample:
         mask = random_mask(self.image_size, self.mask_unit, self.mask_ratio)
@@ -106,25 +106,10 @@ class ClassificationTransform:
         randaugment_magnitude: int,
         erase_probability: float,
     ) -> None:
-        if not 0 <= randaugment_magnitude <= 10:
-            raise ValueError(
-                f"randaugment_magnitude {randaugment_magnitude} is not one of 0 to 10 (tenths of the range)"
-            )
-        fill = [round(255 * mean) for mean in IMAGENET_MEAN]
-        augment = v2.RandAugment(
-            randaugment_ops,
-            randaugment_magnitude,
-            num_magnitude_bins=11,
-            interpolation=v2.InterpolationMode.BILINEAR,
-            fill=fill,
-        )
         self.image = v2.Compose(
             [
                 RandomResizedCrop(image_size, tuple(crop_scale), tuple(crop_ratio), interpolation_mode(interpolation)),
-                v2.RandomHorizontalFlip(flip),
-                augment,
-                *_normalise(),
-                v2.RandomErasing(erase_probability, scale=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3), value="random"),
+                *augmentation(flip, randaugment_ops, randaugment_magnitude, erase_probability),
             ]
         )
 
@@ -141,20 +126,36 @@ class EvaluationTransform:
     """
 
     def __init__(self, *, image_size: int, crop: bool | None, interpolation: str) -> None:
-        self.image_size, self.interpolation = image_size, interpolation
-        self.crop = image_size <= 256 if crop is None else crop
-        self.resize = [int(256 / 224 * image_size)] if self.crop else [image_size, image_size]
+        crop = image_size <= 256 if crop is None else crop
+        self.resize = [int(256 / 224 * image_size)] if crop else [image_size, image_size]
+        self.settings = {"image_size": image_size, "crop": crop, "resize": self.resize, "interpolation": interpolation}
         self.image = v2.Compose(
             [
                 Decode(),
                 v2.Resize(self.resize, interpolation_mode(interpolation), antialias=True),
                 v2.CenterCrop(image_size),
-                *_normalise(),
+                *normalisation(),
             ]
         )
 
     def __call__(self, sample: Sample) -> Sample:
         return {**sample, "image": self.image(sample["image"])}
+
+
+def augmentation(
+    flip: float, randaugment_ops: int, randaugment_magnitude: int, erase_probability: float
+) -> list[v2.Transform]:
+    """What ClassificationTransform does after its crop, normalisation included. Frames of a clip are treated alike."""
+    if not 0 <= randaugment_magnitude <= 10:
+        raise ValueError(f"randaugment_magnitude {randaugment_magnitude} is not one of 0 to 10 (tenths of the range)")
+    fill = [round(255 * mean) for mean in IMAGENET_MEAN]
+    bilinear = v2.InterpolationMode.BILINEAR
+    return [
+        v2.RandomHorizontalFlip(flip),
+        v2.RandAugment(randaugment_ops, randaugment_magnitude, 11, interpolation=bilinear, fill=fill),
+        *normalisation(),
+        v2.RandomErasing(erase_probability, scale=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3), value="random"),
+    ]
 
 
 def random_mask(image_size: int, mask_unit: int, mask_ratio: float) -> torch.Tensor:
@@ -270,7 +271,8 @@ def _box(height: int, width: int, weight: float, random: np.random.Generator) ->
     )
 
 
-def _normalise() -> list[v2.Transform]:
+def normalisation() -> list[v2.Transform]:
+    """uint8 to float32 with the mean and spread of ImageNet."""
     return [v2.ToDtype(torch.float32, scale=True), v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from swinv2_scale import distributed, drawing
 from swinv2_scale.config import instantiate
+from swinv2_scale.data.clips import ClipEvaluationTransform
 from swinv2_scale.data.images import EncodedImage
 from swinv2_scale.data.shards import labelled
 from swinv2_scale.data.stream import Batch
@@ -34,7 +35,7 @@ class Classification:
         self,
         *,
         train_transform: Callable,
-        evaluation_transform: EvaluationTransform,
+        evaluation_transform: EvaluationTransform | ClipEvaluationTransform,
         evaluation_flip: bool,
         train_collate: Callable,
         num_classes: int,
@@ -45,14 +46,7 @@ class Classification:
             )
         self.train_transform, self.evaluation_transform = train_transform, evaluation_transform
         self.num_classes, self.evaluation_flip = num_classes, evaluation_flip
-        of = evaluation_transform
-        self.settings = {
-            "image_size": of.image_size,
-            "crop": of.crop,
-            "resize": of.resize,
-            "interpolation": of.interpolation,
-            "flip": evaluation_flip,
-        }
+        self.settings = {**evaluation_transform.settings, "flip": evaluation_flip}
         self.train_collate = train_collate
         # Mixes nothing: it is there for its check of the labels.
         self.evaluation_collate = Mix(
@@ -91,15 +85,18 @@ class Classification:
 
     def scores(self, model: Callable, batch: Batch) -> dict[str, Tensor]:
         """Of each image of a held-out batch, (B,): cross-entropy, and whether it was hit at 1 and at 5."""
-        logits, label = model(batch["image"]).float(), batch["label"]
-        if self.evaluation_flip:
-            logits = (logits + model(batch["image"].flip(-1)).float()) / 2
+        logits, label = self.logits(model, batch), batch["label"]
         best = logits.topk(min(5, logits.shape[1]), dim=1).indices == label[:, None]
         return {
             "loss": F.cross_entropy(logits, label, reduction="none"),
             "top1": best[:, 0],
             "top5": best.any(dim=1),
         }
+
+    def logits(self, model: Callable, batch: Batch) -> Tensor:
+        """What a held-out batch is judged by: float32 (B, classes)."""
+        logits = model(batch["image"]).float()
+        return (logits + model(batch["image"].flip(-1)).float()) / 2 if self.evaluation_flip else logits
 
     def derived(self, tallies: dict[str, Tensor]) -> dict[str, float]:
         """Nothing but the means of `metrics`."""
@@ -116,7 +113,7 @@ class Classification:
 
         Wrong by how far the most probable of the other classes is ahead of the true one, in probability.
         """
-        shares = torch.softmax(model(batch["image"]).float(), dim=1)
+        shares = torch.softmax(self.logits(model, batch), dim=1)
         share, predicted = shares.max(dim=1)
         name = dict(enumerate(classes))  # empty for shards without a manifest
         said = [f"{name.get(i, i)} ({p:.0%})" for i, p in zip(predicted.tolist(), share.tolist(), strict=True)]
@@ -125,9 +122,13 @@ class Classification:
         true = shares.gather(1, batch["label"][:, None])
         ahead = shares.scatter(1, batch["label"][:, None], 0.0).max(dim=1).values - true[:, 0]
         return "predictions", [
-            Picture(to_uint8(image), said[i] if right[i] else f"{said[i]}, is {is_class[i]}", right[i], wrong)
+            Picture(self.picture(image), said[i] if right[i] else f"{said[i]}, is {is_class[i]}", right[i], wrong)
             for i, (image, wrong) in enumerate(zip(batch["image"], ahead.tolist(), strict=True))
         ]
+
+    def picture(self, image: Tensor) -> Tensor:
+        """A held-out sample's "image" to look at: uint8 (3, Y, X)."""
+        return to_uint8(image)
 
     def predict(self, model: nn.Module, image: EncodedImage, classes: Sequence[str]) -> Prediction:
         """The five most probable classes, written below the picture."""

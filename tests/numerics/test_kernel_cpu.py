@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_operator import draw, run
+from golden import relative_error
+from test_operator import AXES, draw, naive, run
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -101,6 +102,23 @@ def test_float64_is_exact(sets, monkeypatch) -> None:
             run(cosine_window_attention, inputs, **arguments, implementation="cpu"), expected, strict=True
         ):
             assert (ours - theirs).norm() <= 1e-12 * theirs.norm()
+
+
+@pytest.mark.parametrize("mask_value", [-100.0, -math.inf])
+@pytest.mark.parametrize("shift", AXES, ids=str)
+def test_axes_of_a_clip_are_shifted_apart(shift, mask_value, sets, monkeypatch) -> None:
+    inputs = draw((4, 5, 7), (3, 2, 4), batch=2)
+    arguments = {"window": (3, 2, 4), "shift": shift, "mask_value": mask_value}
+    expected = run(naive, inputs, **arguments)
+    for name, dtype in itertools.product(sets, [torch.float64, *native.TYPES]):
+        monkeypatch.setenv(native.FORCE, name)
+        qkv, *rest = (x.detach().to(dtype) if number == 0 else x.detach() for number, x in enumerate(inputs))
+        rest = [x.to(torch.promote_types(dtype, torch.float32)) for x in rest]
+        limit = 1e-12 if dtype == torch.float64 else 40 * torch.finfo(dtype).eps  # a wrong mask is off by 0.1
+        for ours, theirs in zip(
+            run(cosine_window_attention, [qkv, *rest], **arguments, implementation="cpu"), expected, strict=True
+        ):
+            assert relative_error(ours.double(), theirs) < limit, (name, dtype)
 
 
 @pytest.mark.parametrize(("grid", "window", "shift"), [((3, 4), (2, 3), (1, 1)), ((1, 2, 3), (1, 2, 2), (0, 1, 1))])

@@ -109,6 +109,21 @@ def test_values_and_gradients(grid, window, shifted, mask_value, monkeypatch: py
         assert relative_error(ours, theirs) < 2e-5 or (ours - theirs).abs().max() < 1e-5
 
 
+AXES = [(0, 0, 2), (0, 1, 0), (2, 0, 0), (1, 1, 3), (2, 0, 1)]  # shifts of windows of 3 x 2 x 4 on a grid of 4 x 5 x 7
+
+
+@pytest.mark.parametrize("mask_value", [-100.0, -math.inf])
+@pytest.mark.parametrize("shift", AXES, ids=str)
+def test_axes_of_a_clip_are_shifted_apart(shift, mask_value, small_chunks) -> None:
+    arguments = {"window": (3, 2, 4), "shift": shift, "mask_value": mask_value}
+    inputs = draw((4, 5, 7), (3, 2, 4), batch=2)
+    expected = run(naive, inputs, **arguments)
+    for implementation in ("reference", "sequential"):
+        actual = run(cosine_window_attention, inputs, **arguments, implementation=implementation)
+        for ours, theirs in zip(actual, expected, strict=True):
+            assert relative_error(ours, theirs) < 1e-11
+
+
 @IMPLEMENTATIONS
 @pytest.mark.parametrize("mask_value", [-100.0, -math.inf])
 @pytest.mark.parametrize(("grid", "window", "shift"), [((3, 4), (2, 3), (1, 1)), ((1, 2, 3), (1, 2, 2), (0, 1, 1))])

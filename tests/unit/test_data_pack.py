@@ -25,6 +25,7 @@ from swinv2_scale.data.idx import index
 from swinv2_scale.data.manifest import Manifest, open_manifest
 from swinv2_scale.data.pack import pack, write_shards
 from swinv2_scale.data.shards import read_sample, stats, verify
+from swinv2_scale.data.videos import encode
 
 RANDOM = np.random.default_rng(0)
 
@@ -244,11 +245,11 @@ def test_ade20k(tmp_path):
 
 def video(path: Path) -> bytes:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(path.name.encode() * 40)  # bytes are packed as they are
+    path.write_bytes(encode(RANDOM.integers(0, 256, (2, 16, 16, 3), np.uint8), [0.0, 0.04]))
     return path.read_bytes()
 
 
-def test_kinetics_directories(tmp_path, capsys):
+def test_kinetics_directories(tmp_path, capsys, caplog):
     one = video(tmp_path / "k/abseiling/_0abc_000003_000013.mp4")
     two = video(tmp_path / "k/zumba/v.1.webm")
     manifest = packed(tmp_path / "k", "kinetics")
@@ -258,9 +259,13 @@ def test_kinetics_directories(tmp_path, capsys):
         "zumba/v_1": {"webm": two, "cls": b"1"},
     }
     assert main(["data", "verify", str(manifest.root)]) == 0
-    assert stats(manifest)["labels"] == {"abseiling": 1, "zumba": 1}
-    (tmp_path / "k/zumba/v.1.webm").write_bytes(b"")
-    assert len(verify(packed(tmp_path / "k", "kinetics"))) == 1
+    assert stats(manifest)["labels"] == {"abseiling": 1, "zumba": 1} and stats(manifest)["height"]["max"] == 16
+    (tmp_path / "k/zumba/v.1.webm").write_bytes(two[:200])
+    assert list(plain(packed(tmp_path / "k", "kinetics"))) == ["abseiling/_0abc_000003_000013"]
+    assert "1 of 2 videos are broken, such as " in caplog.text and "v.1.webm (video does not open" in caplog.text
+    (tmp_path / "k/abseiling/_0abc_000003_000013.mp4").write_bytes(b"")
+    with pytest.raises(ValueError, match="none of 2 videos can be read"):
+        packed(tmp_path / "k", "kinetics")
     with pytest.raises(ValueError, match="class directories but no videos"):
         (tmp_path / "empty/cat").mkdir(parents=True)
         packed(tmp_path / "empty", "kinetics")
@@ -282,12 +287,30 @@ def test_kinetics_table(tmp_path, caplog):
         "zumba/-xyz_000003_000013": {"mp4": one, "cls": b"2"},
         "baking cookies/b_000000_000010": {"avi": two, "cls": b"1"},
     }
-    assert "1 of 3 videos are missing, such as gone_000001_000011.mp4; they are left out" in caplog.text
+    assert "1 of 3 videos are missing, such as abseiling/gone_000001_000011.mp4; they are left out" in caplog.text
     source.write_text("label,youtube_id,time_start,time_end\nzumba,gone,3,13\n")
-    with pytest.raises(ValueError, match=r"none of the 1 videos .* the first would be gone_000003_000013.mp4"):
+    with pytest.raises(ValueError, match=r"none of the 1 videos .* the first would be zumba/gone_000003_000013.mp4"):
         packed(source, "kinetics")
     source.write_text("label,youtube_id,time_start,time_end\nzumba,-xyz,3,later\n")
     with pytest.raises(ValueError, match=r"train.csv, line 2: .*'later' must be whole seconds"):
+        packed(source, "kinetics")
+
+
+def test_kinetics_list(tmp_path, caplog):
+    one, two = video(tmp_path / "videos/riding a bike/a.mp4"), video(tmp_path / "other/b.mp4")
+    source = tmp_path / "videos/train.txt"
+    source.write_text(f"riding a bike/a.mp4 7\n\n{tmp_path}/other/b.mp4 2\ngone.mp4 1\n")
+    manifest = packed(source, "kinetics")
+    assert manifest.classes == () and manifest.highest_label == 7
+    found = plain(manifest)
+    assert found["riding a bike/a"] == {"mp4": one, "cls": b"7"}
+    assert [members for key, members in found.items() if key.endswith("other/b")] == [{"mp4": two, "cls": b"2"}]
+    assert "1 of 3 videos are missing, such as gone.mp4" in caplog.text
+    source = source.with_suffix(".csv")
+    source.write_text("riding a bike/a.mp4,7\n")
+    assert plain(packed(source, "kinetics")) == {"riding a bike/a": {"mp4": one, "cls": b"7"}}
+    source.write_text("riding a bike/a.mp4,7\nb.mp4,seven\n")
+    with pytest.raises(ValueError, match=r'line 2: .*is no "path label" of a video'):
         packed(source, "kinetics")
 
 

@@ -68,6 +68,7 @@ HOMES = {
     "onnxruntime": "swinv2_scale/export.py",
     "pycocotools": "swinv2_scale/data/coco.py",
     "pyarrow": "swinv2_scale/embed.py",
+    "av": "swinv2_scale/data/videos.py",
 }
 NEVER = {"timm", "apex", "mmcv", "matplotlib"}
 
