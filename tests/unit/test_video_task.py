@@ -46,7 +46,7 @@ def test_pictures_are_strips_of_frames() -> None:
     name, pictures = task_of().pictures(model, batch, list("abcdef"))
     assert name == "predictions" and len(pictures) == 3
     assert pictures[0].image.shape == (3, 8, 80) and pictures[0].image.dtype == torch.uint8
-    assert pictures[0].caption == "a (17%), is b" and pictures[-1].good
+    assert [one.caption for one in pictures] == ["a (17%)", "a (17%), is b", "a (17%), is c"] and pictures[0].good
 
 
 def test_what_a_result_depends_on() -> None:
