@@ -31,9 +31,9 @@ constexpr int64_t FORWARD_BLOCKS = 1 << 14;
 
 template <typename T>
 constexpr int CHUNK = 16 / int(sizeof(T));  // numbers that are loaded at once
-// Chunks that a lane has of a row at most: few enough registers for two blocks on a multiprocessor.
+// Chunks that a lane has of a row at most, 16 numbers: two blocks on a multiprocessor have registers for no more.
 template <typename T>
-constexpr int MOST_CHUNKS = sizeof(T) == 4 ? 4 : 3;
+constexpr int MOST_CHUNKS = 16 / CHUNK<T>;
 
 // -- sums of a block -----------------------------------------------------------------------------------------------------
 
@@ -77,19 +77,20 @@ __device__ __forceinline__ void add_rows(float* shared, const float (&x)[Chunk],
 
 // -- residual post-norm --------------------------------------------------------------------------------------------------
 
-// Loads a lane's chunks of a row of a map, or of weights; what does not exist is zero.
-template <typename T, int Each, typename From>
-__device__ __forceinline__ void load_row(float (&x)[Each][CHUNK<T>], const From* row, int lane, int lanes, int channels) {
+// Loads as many columns of a row of a map, or of weights, as x has, a chunk or two; zeros where there are no such channels.
+template <int Count, typename From>
+__device__ __forceinline__ void load_columns(float (&x)[Count], const From* row, int column, int channels) {
 #pragma unroll
-  for (int i = 0; i < Each; ++i) {
-    const int column = (i * lanes + lane) * CHUNK<T>;
+  for (int j = 0; j < Count; ++j) x[j] = 0.0f;
+  if (column < channels) {  // [columns]
 #pragma unroll
-    for (int j = 0; j < CHUNK<T>; ++j) x[i][j] = 0.0f;
-    if (column < channels) {  // [columns]
-#pragma unroll
-      for (int j = 0; j < CHUNK<T>; j += CHUNK<From>) load_chunk(&x[i][j], row + column + j);
-    }
+    for (int j = 0; j < Count; j += CHUNK<From>) load_chunk(&x[j], row + column + j);
   }
+}
+template <typename T, int Each>
+__device__ __forceinline__ void load_row(float (&x)[Each][CHUNK<T>], const T* row, int lane, int lanes, int channels) {
+#pragma unroll
+  for (int i = 0; i < Each; ++i) load_columns(x[i], row, (i * lanes + lane) * CHUNK<T>, channels);
 }
 template <typename T, int Each>
 __device__ __forceinline__ void store_row(T* row, const float (&x)[Each][CHUNK<T>], int lane, int lanes, int channels) {
@@ -100,18 +101,19 @@ __device__ __forceinline__ void store_row(T* row, const float (&x)[Each][CHUNK<T
   }
 }
 
-__device__ __forceinline__ float keep_of(const NormCall& call, int64_t row) {
-  return call.keep ? static_cast<const float*>(call.keep)[row / call.rows_per_image] : 1.0f;
+__device__ __forceinline__ float keep_of(const NormCall& call, int row) {
+  return call.keep ? static_cast<const float*>(call.keep)[row / int(call.rows_per_image)] : 1.0f;
 }
 
 // A block takes as many rows at a time as its threads suffice for; rows beyond the last have no channels.
 template <typename T, int Each>
-__global__ void __launch_bounds__(THREADS) norm_forward_kernel(const NormCall call, const int lanes) {
+__global__ void __launch_bounds__(THREADS, 2) norm_forward_kernel(const NormCall call, const int lanes) {
   SharedMemory shared;
   RowSum row_sum(shared, lanes);
   const int lane = threadIdx.x % lanes, rows = THREADS / lanes;
-  for (int64_t first = int64_t(blockIdx.x) * rows; first < call.rows; first += call.chunks * rows) {
-    const int64_t row = first + threadIdx.x / lanes, at = row * call.channels;
+  for (int first = blockIdx.x * rows; first < int(call.rows); first += int(call.chunks) * rows) {
+    const int row = first + threadIdx.x / lanes;
+    const int64_t at = int64_t(row) * call.channels;
     const int channels = row < call.rows ? call.channels : 0;  // [rows]
     float x[Each][CHUNK<T>], y[Each][CHUNK<T>];
     load_row<T>(y, static_cast<const T*>(call.y) + at, lane, lanes, channels);
@@ -132,33 +134,33 @@ __global__ void __launch_bounds__(THREADS) norm_forward_kernel(const NormCall ca
     const float over = 1.0f / sqrtf(row_sum(squares) / float(call.channels) + float(call.eps));
     if (row >= call.rows) continue;
     const float keep = keep_of(call, row);
-    float weight[Each][CHUNK<T>], bias[Each][CHUNK<T>];
-    load_row<T>(weight, static_cast<const float*>(call.weight), lane, lanes, channels);
-    load_row<T>(bias, static_cast<const float*>(call.bias), lane, lanes, channels);
 #pragma unroll
     for (int i = 0; i < Each; ++i) {
+      const int column = (i * lanes + lane) * CHUNK<T>;
+      float weight[CHUNK<T>], bias[CHUNK<T>];
+      load_columns(weight, static_cast<const float*>(call.weight), column, channels);
+      load_columns(bias, static_cast<const float*>(call.bias), column, channels);
 #pragma unroll
-      for (int j = 0; j < CHUNK<T>; ++j) {
-        x[i][j] = fmaf(fmaf((y[i][j] - mean) * over, weight[i][j], bias[i][j]), keep, x[i][j]);
-      }
+      for (int j = 0; j < CHUNK<T>; ++j) x[i][j] = fmaf(fmaf((y[i][j] - mean) * over, weight[j], bias[j]), keep, x[i][j]);
     }
     store_row<T>(static_cast<T*>(call.out) + at, x, lane, lanes, channels);
     if (lane == 0) {
-      float* statistics = static_cast<float*>(call.statistics) + 2 * row;
+      float* statistics = static_cast<float*>(call.statistics) + 2 * int64_t(row);
       statistics[0] = mean, statistics[1] = over;
     }
   }
 }
 
 template <typename T, int Each>
-__global__ void __launch_bounds__(THREADS) norm_backward_kernel(const NormCall call, const int lanes) {
+__global__ void __launch_bounds__(THREADS, 2) norm_backward_kernel(const NormCall call, const int lanes) {
   SharedMemory shared;
   RowSum row_sum(shared, lanes);
   float* const columns = shared.take<float>(THREADS * CHUNK<T>);
   const int lane = threadIdx.x % lanes, rows = THREADS / lanes;
   float weight_grad[Each][CHUNK<T>] = {}, bias_grad[Each][CHUNK<T>] = {};
-  for (int64_t first = int64_t(blockIdx.x) * rows; first < call.rows; first += call.chunks * rows) {
-    const int64_t row = first + threadIdx.x / lanes, at = row * call.channels;
+  for (int first = blockIdx.x * rows; first < int(call.rows); first += int(call.chunks) * rows) {
+    const int row = first + threadIdx.x / lanes;
+    const int64_t at = int64_t(row) * call.channels;
     const bool exists = row < call.rows;
     const int channels = exists ? call.channels : 0;  // [rows]
     float grad[Each][CHUNK<T>], y[Each][CHUNK<T>];
@@ -166,14 +168,15 @@ __global__ void __launch_bounds__(THREADS) norm_backward_kernel(const NormCall c
     load_row<T>(y, static_cast<const T*>(call.y) + at, lane, lanes, channels);
     const float keep = exists ? keep_of(call, row) : 0.0f;
     const float mean = exists ? static_cast<const float*>(call.statistics)[2 * row] : 0.0f;
-    const float over = exists ? static_cast<const float*>(call.statistics)[2 * row + 1] : 0.0f;
-    float weight[Each][CHUNK<T>], level = 0.0f, along = 0.0f;
-    load_row<T>(weight, static_cast<const float*>(call.weight), lane, lanes, channels);
+    const float over = exists ? static_cast<const float*>(call.statistics)[2 * int64_t(row) + 1] : 0.0f;
+    float level = 0.0f, along = 0.0f;
 #pragma unroll
     for (int i = 0; i < Each; ++i) {
+      float weight[CHUNK<T>];
+      load_columns(weight, static_cast<const float*>(call.weight), (i * lanes + lane) * CHUNK<T>, channels);
 #pragma unroll
       for (int j = 0; j < CHUNK<T>; ++j) {  // where no channel is, the gradient is zero
-        const float g = grad[i][j] * keep, normed = (y[i][j] - mean) * over, weighted = g * weight[i][j];
+        const float g = grad[i][j] * keep, normed = (y[i][j] - mean) * over, weighted = g * weight[j];
         weight_grad[i][j] = fmaf(g, normed, weight_grad[i][j]), bias_grad[i][j] += g;
         level += weighted, along = fmaf(weighted, normed, along);
         grad[i][j] = weighted, y[i][j] = normed;
@@ -293,9 +296,11 @@ struct Launcher {
 
   // Calls launch(kernel, lanes) with the kernel whose lanes have less of nothing to do.
   template <typename Kernel, typename Launch>
-  static void choose_lanes(int channels, Kernel many, Kernel few, Launch launch) {
+  static void choose_lanes(const NormCall& call, Kernel many, Kernel few, Launch launch) {
     constexpr int most = MOST_CHUNKS<T>;
+    const int channels = call.channels;
     if (channels > MAX_NORM_CHANNELS) throw std::runtime_error("a norm may have at most 4096 channels");
+    if (call.rows > MAX_NORM_ROWS) throw std::runtime_error("a norm may have at most 2^30 rows");
     const int lanes = lanes_for(channels / chunk, most), fewer = lanes_for(channels / chunk, most - 1);
     if (lanes * most < fewer * (most - 1)) {
       launch(many, lanes);
@@ -307,7 +312,7 @@ struct Launcher {
   static void norm_forward(const NormCall& given, gpu::Stream stream) {
     NormCall call = given;
     if (call.rows == 0) return;
-    choose_lanes(call.channels, &norm_forward_kernel<T, MOST_CHUNKS<T>>, &norm_forward_kernel<T, MOST_CHUNKS<T> - 1>,
+    choose_lanes(call, &norm_forward_kernel<T, MOST_CHUNKS<T>>, &norm_forward_kernel<T, MOST_CHUNKS<T> - 1>,
                  [&](auto kernel, int lanes) {
                    call.chunks = std::min((call.rows * lanes + THREADS - 1) / THREADS, FORWARD_BLOCKS);
                    gpu::launch(kernel, call.chunks, THREADS, row_bytes, stream, call, lanes);
@@ -315,7 +320,7 @@ struct Launcher {
   }
 
   static void norm_backward(const NormCall& call, float* total, gpu::Stream stream) {
-    choose_lanes(call.channels, &norm_backward_kernel<T, MOST_CHUNKS<T>>, &norm_backward_kernel<T, MOST_CHUNKS<T> - 1>,
+    choose_lanes(call, &norm_backward_kernel<T, MOST_CHUNKS<T>>, &norm_backward_kernel<T, MOST_CHUNKS<T> - 1>,
                  [&](auto kernel, int lanes) {
                    gpu::launch(kernel, call.chunks, THREADS, row_bytes + column_bytes, stream, call, lanes);
                  });

@@ -13,6 +13,7 @@ namespace swinv2_block::cuda {
 namespace gpu = cosine_window_attention::gpu;
 
 enum class Type { float32, bfloat16, float16 };
+constexpr int64_t MAX_NORM_ROWS = int64_t(1) << 30;
 constexpr int MAX_NORM_CHANNELS = 4096;  // of a norm; maps for GELU and sums may have any multiple of 16
 
 // All tensors contiguous and on the current device, all but `keep` and statistics aligned to 16 bytes. Raise
