@@ -1,4 +1,4 @@
-// The parts of a block as PyTorch sees them, on any device; kernels that do the work: bindings_block.cpp, bindings_block_cuda.cu.
+// The parts of a block as PyTorch sees them, on any device; what does the work: bindings_block.cpp, bindings_block_cuda.cu.
 
 #pragma once
 

@@ -261,7 +261,8 @@ __global__ void __launch_bounds__(THREADS) sum_kernel(const MapCall call, const 
 }
 
 // Adds `chunks` rows of partial sums: a thread adds every TOTAL_LANES-th, and the block adds those sums in order.
-__global__ void __launch_bounds__(THREADS) total_kernel(const float* partials, const int64_t chunks, const int count, float* total) {
+__global__ void __launch_bounds__(THREADS) total_kernel(const float* partials, const int64_t chunks, const int count,
+                                                        float* total) {
   SharedMemory shared;
   float* const sums = shared.take<float>(THREADS);
   const int lane = threadIdx.x / TOTAL_ENTRIES, entry = int(blockIdx.x) * TOTAL_ENTRIES + int(threadIdx.x % TOTAL_ENTRIES);
@@ -302,7 +303,7 @@ struct Launcher {
     if (channels > MAX_NORM_CHANNELS) throw std::runtime_error("a norm may have at most 4096 channels");
     if (call.rows > MAX_NORM_ROWS) throw std::runtime_error("a norm may have at most 2^30 rows");
     const int lanes = lanes_for(channels / chunk, most), fewer = lanes_for(channels / chunk, most - 1);
-    if (lanes * most < fewer * (most - 1)) {
+    if (lanes * most <= fewer * (most - 1)) {
       launch(many, lanes);
     } else {
       launch(few, fewer);

@@ -18,7 +18,12 @@ from pathlib import Path
 LIBRARY = Path(__file__).parents[1] / "swinv2_scale/ops/_kernels_cuda.so"
 KERNELS = ("forward", "backward_queries", "backward_keys")
 WARP = 32
-BLOCK_KERNELS = ("norm_forward", "norm_backward", "gelu_forward", "sum")  # of block_cuda.cu; and total, which has no type
+BLOCK_KERNELS = (
+    "norm_forward",
+    "norm_backward",
+    "gelu_forward",
+    "sum",
+)  # of block_cuda.cu; and total, which has no type
 NAME = re.compile(
     rf"\d({'|'.join([*KERNELS, 'reduce', *BLOCK_KERNELS, 'total'])})_kernel"
     r"(?:I(f|.*?(?:bfloat16|float16)E)(?:L[ib](\d+)E)?)?"
@@ -235,9 +240,9 @@ BLOCK_SHAPES = [
     ("G 1536/48, first stage", 384**2, 512),
     ("G 1536/48, last stage", 48**2, 4096),
 ]
-# Maps that pass through memory: here, and by PyTorch's functions in their place where each reads and writes once (float32
-# counts as two). Forward: to float32, norm, · keep, to bfloat16, x + . Backward: both maps to float32, · keep, norm for its
-# input, norm for its weights, to bfloat16. GELU: its gradient, itself, the sum.
+# Maps that pass through memory: here, and by PyTorch's functions in their place where each reads and writes once
+# (float32 counts as two). Forward: to float32, norm, · keep, to bfloat16, x + . Backward: both maps to float32, · keep,
+# norm for its input, norm for its weights, to bfloat16. GELU: its gradient, itself, the sum.
 MAPS = {"norm_forward": (3, 17), "norm_backward": (3, 23), "gelu_forward": (2, 2), "sum of GELU": (4, 6), "sum": (1, 1)}
 
 
@@ -245,7 +250,7 @@ def norm_lanes(channels: int, size: int) -> tuple[int, int]:
     """Lanes of a row, and chunks of each: `choose_lanes` of block_cuda.cu."""
     chunks, most = channels * size // 16, size
     shapes = [(1 << max(0, -(-chunks // each) - 1).bit_length(), each) for each in (most, most - 1)]
-    return min(reversed(shapes), key=lambda shape: shape[0] * shape[1])
+    return min(shapes, key=lambda shape: shape[0] * shape[1])
 
 
 def pass_instructions(kernel: Kernel) -> int:
@@ -258,7 +263,9 @@ def pass_instructions(kernel: Kernel) -> int:
     return max(loops)
 
 
-def block_limits(gpu: Gpu, kernels: list[Kernel], name: str, rows: int, channels: int) -> tuple[float, dict[str, float]]:
+def block_limits(
+    gpu: Gpu, kernels: list[Kernel], name: str, rows: int, channels: int
+) -> tuple[float, dict[str, float]]:
     """Bytes moved as a multiple of the least, and the seconds that each resource needs, in bfloat16."""
     lanes, each = norm_lanes(channels, 2) if name.startswith("norm") else (0, 1)
     width = {"gelu_forward": 0, "sum": 0, "sum of GELU": 1}.get(name, each)
@@ -274,17 +281,25 @@ def block_limits(gpu: Gpu, kernels: list[Kernel], name: str, rows: int, channels
 
 
 def print_block(kernels: list[Kernel]) -> None:
-    print("\n| kernel | type | " + " | ".join(f"registers sm_{g.architecture}" for g in GPUS) + " | blocks A100, H100 |")
+    print(
+        "\n| kernel | type | " + " | ".join(f"registers sm_{g.architecture}" for g in GPUS) + " | blocks A100, H100 |"
+    )
     print("|---|---|---|---|---|")
     for dtype in ("bfloat16", "float32"):
         for name in BLOCK_KERNELS:
             for width in sorted({k.width for k in kernels if (k.name, k.dtype) == (name, dtype)}):
                 own = [find(kernels, gpu.architecture, name, dtype, width) for gpu in GPUS]
                 shared = {"norm_forward": 64, "gelu_forward": 0}.get(name, 64 + 256 * 32)
-                blocks = [blocks_per_multiprocessor(g, k, BLOCK_THREADS, shared) for g, k in zip(GPUS, own, strict=True)]
+                blocks = [
+                    blocks_per_multiprocessor(g, k, BLOCK_THREADS, shared) for g, k in zip(GPUS, own, strict=True)
+                ]
                 what = f"{name}, {width} chunks" if "norm" in name else "sum of GELU" if width else name
                 print(f"| {what} | {dtype} | {' | '.join(str(k.registers) for k in own)} | {blocks[0]}, {blocks[1]} |")
-    print("\n| shape | kernel | of the least bytes | by PyTorch | " + " | ".join(f"{g.name} memory, issue" for g in GPUS) + " |")
+    print(
+        "\n| shape | kernel | of the least bytes | by PyTorch | "
+        + " | ".join(f"{g.name} memory, issue" for g in GPUS)
+        + " |"
+    )
     print("|---|---|---|---|---|---|")
     for what, rows, channels in BLOCK_SHAPES:
         for name, (ours, plain) in MAPS.items():

@@ -1,5 +1,5 @@
 // A block's kernels under emulation as a program of its own, for AddressSanitizer, as check.cpp is for the attention: each
-// tensor is one heap allocation of exactly its size. Exits with 1 if a result is not a number: what kernels do not write is NaN.
+// tensor is one heap allocation of exactly its size. Exits with 1 if a result is not a number, as what kernels do not write is.
 //   g++ -std=c++17 -O1 -g -fsanitize=address,undefined -DCOSINE_WINDOW_ATTENTION_EMULATE check_block.cpp -o check -lpthread
 
 #include "../block_cuda.cu"
@@ -77,9 +77,7 @@ bool holds(cuda::Type type, int64_t rows, int channels) {
 int main() {
   bool good = true;
   for (const cuda::Type type : {cuda::Type::float32, cuda::Type::bfloat16, cuda::Type::float16}) {
-    for (const int channels : {16, 112, 352, 1040, 4096}) {
-      for (const int rows : {1, 37}) good &= holds(type, rows, channels);
-    }
+    good &= holds(type, 37, 16) && holds(type, 37, 112) && holds(type, 5, 1040) && holds(type, 1, 4096);
   }
   return good ? 0 : 1;
 }

@@ -1,4 +1,4 @@
-"""The native parts of a block (ops/block.py) against PyTorch's functions in float64, with the budget of selfcheck.py."""
+"""The native parts of a block (ops/block.py) against PyTorch's functions in float64; the budget is selfcheck.py's."""
 
 import math
 from collections.abc import Callable

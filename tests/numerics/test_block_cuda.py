@@ -60,7 +60,9 @@ class Emulation:
         """On copies of tensors between guards: who reads those gets NaN, who writes them is found."""
         tensors = [x for x in arguments if isinstance(x, Tensor)]
         buffers = [x.new_full((x.numel() + 2 * GUARD,), math.nan) for x in tensors]
-        inner = [buffer[GUARD : GUARD + x.numel()].view_as(x).copy_(x) for buffer, x in zip(buffers, tensors, strict=True)]
+        inner = [
+            buffer[GUARD : GUARD + x.numel()].view_as(x).copy_(x) for buffer, x in zip(buffers, tensors, strict=True)
+        ]
         pointers = iter(inner)
         given = [ctypes.c_void_p(next(pointers).data_ptr()) if isinstance(x, Tensor) else x for x in arguments]
         if getattr(self.library, f"emulation_{name}")(*given):
@@ -80,7 +82,9 @@ def compile_library(folder: Path, source: Path = SOURCE, *options: str) -> Emula
     library = folder / "libblock.so"
     command = [COMPILER, "-std=c++17", "-O1", "-shared", "-fPIC", "-Wno-unknown-pragmas", f"-I{KERNELS}", *options]
     command += ["-DCOSINE_WINDOW_ATTENTION_EMULATE", f'-DKERNELS="{source}"']
-    subprocess.run([*command, str(KERNELS / "emulation/emulation_block.cpp"), "-o", str(library), "-lpthread"], check=True)
+    subprocess.run(
+        [*command, str(KERNELS / "emulation/emulation_block.cpp"), "-o", str(library), "-lpthread"], check=True
+    )
     return Emulation(ctypes.CDLL(str(library)))
 
 
@@ -143,7 +147,9 @@ def test_any_order_of_threads_gives_the_same_bits(emulation: Emulation, channels
 
 @emulated
 def test_no_rows(emulation: Emulation) -> None:
-    tensors = [None if t is None else t[:0] if t.dim() == 4 else t for t in selfcheck_block.draw(Case(48), TYPES[0], CPU)]
+    tensors = [
+        None if t is None else t[:0] if t.dim() == 4 else t for t in selfcheck_block.draw(Case(48), TYPES[0], CPU)
+    ]
     found = emulation(*tensors)
     assert [x.numel() for x in found] == [0, 0, 48, 48, 0, 0, 0, 48, 48]
     assert not any(x.any() for x in found)
@@ -172,6 +178,8 @@ def test_what_does_not_fit_is_refused(emulation: Emulation) -> None:
         emulation._call("gelu_forward", (ctypes.c_int64 * 3)(2, 16, 1), 1, x, x)
 
 
+@emulated
+@pytest.mark.long
 def test_memory_bounds(tmp_path: Path) -> None:
     program = check_program(tmp_path, "-fsanitize=address", source="check_block.cpp")
     if program is None:
@@ -180,6 +188,7 @@ def test_memory_bounds(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stdout + result.stderr[:4000]
 
 
+@emulated
 @pytest.mark.skipif(shutil.which("valgrind") is None, reason="valgrind is not installed")
 @pytest.mark.long
 def test_no_result_depends_on_memory_that_was_not_written(tmp_path: Path) -> None:
@@ -241,7 +250,7 @@ def noticed(emulation: Emulation) -> bool:
     return False
 
 
-# -- on a GPU ------------------------------------------------------------------------------------------------------------
+# -- on a GPU ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
