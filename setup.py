@@ -135,7 +135,7 @@ class BuildKernels(build_ext):
                 variants: dict[str, list[str]] = {"": []}
                 if source.stem.endswith("_cpu"):
                     variants = {name: [f"-DINSTRUCTION_SET={name}", *own] for name, own in INSTRUCTION_SETS.items()}
-                elif source.stem.endswith("_attention_cuda"):
+                elif not source.stem.startswith("bindings"):
                     variants = {name: [f"-DELEMENT={name}", *gencode(code, name)] for name in GPU_TYPES}
                 for name, options in variants.items():
                     target = folder / f"{source.stem}{name}.o"

@@ -32,7 +32,11 @@ void check(const Tensor& x, const char* name, ScalarType type, const Tensor& qkv
                   " must lie on the device of qkv");
   STD_TORCH_CHECK(x.scalar_type() == type, "cosine_window_attention: ", name, " has the wrong type");
   STD_TORCH_CHECK(x.is_contiguous(), "cosine_window_attention: ", name, " must be contiguous");
-  // rows are copied 16 bytes at a time
+}
+
+// Rows are copied 16 bytes at a time.
+void check_rows(const Tensor& x, const char* name, const Tensor& qkv) {
+  check(x, name, qkv.scalar_type(), qkv);
   STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0, "cosine_window_attention: ", name,
                   " must be aligned to 16 bytes");
 }
@@ -66,7 +70,7 @@ Problem problem_of(const Tensor& qkv, const Tensor& logit_scale, const Tensor& b
     tokens *= w;
   }
   STD_TORCH_CHECK(tokens <= 4096, "cosine_window_attention: a window may have at most 4096 tokens, got ", tokens);
-  check(qkv, "qkv", qkv.scalar_type(), qkv);
+  check_rows(qkv, "qkv", qkv);
   check(logit_scale, "logit_scale", ScalarType::Float, qkv);
   check(bias_table, "bias_table", ScalarType::Float, qkv);
   return p;
@@ -111,8 +115,8 @@ std::tuple<Tensor, Tensor, Tensor> backward_op(const Tensor grad_out, const Tens
   const Problem p = problem_of(qkv, logit_scale, bias_table, window, shift, mask_value);
   const Type type = type_of(qkv);
   const int64_t tokens = p.batch * p.map_tokens();
-  check(grad_out, "grad_out", qkv.scalar_type(), qkv);
-  check(out, "out", qkv.scalar_type(), qkv);
+  check_rows(grad_out, "grad_out", qkv);
+  check_rows(out, "out", qkv);
   check(lse, "lse", ScalarType::Float, qkv);
   STD_TORCH_CHECK(out.numel() == tokens * p.heads * p.width && grad_out.numel() == out.numel() && lse.numel() == tokens * p.heads,
                   "cosine_window_attention: grad_out, out and lse must be as forward returned them");

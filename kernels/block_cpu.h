@@ -2,33 +2,11 @@
 
 #pragma once
 
-#include <cstdint>
+#include "block.h"
 
 namespace swinv2_block {
 
-// Rows are tokens; channels are a multiple of 16. What is not stored per token and channel is float32, or float64 when the
-// maps are. Forward functions work on rows first … last - 1. Backward functions work on one of a number of chunks of rows
-// and write its part of a sum over rows.
-struct NormCall {
-  int64_t rows, rows_per_image, chunks;
-  int channels;
-  double eps;
-  const void *x, *y;             // (rows, channels)
-  const void *weight, *bias;     // (channels)
-  const void* keep;              // (images) factors of drop path, or null
-  void *out, *statistics;        // (rows, channels), (rows, 2)
-  const void* grad_out;          // (rows, channels); the rest is backward's
-  void *grad_y, *partials;       // (rows, channels), (chunks, 2, channels)
-};
-
-struct MapCall {
-  int64_t rows, chunks;
-  int channels;
-  const void* input;  // (rows, channels)
-  void *out, *grad;   // (rows, channels)
-  void* partials;     // (chunks, channels)
-};
-
+// Forward functions work on rows first … last - 1, backward functions on one chunk of rows.
 struct Kernel {
   void (*norm_forward)(const NormCall&, int64_t first, int64_t last);
   void (*norm_backward)(const NormCall&, int64_t chunk);

@@ -18,10 +18,14 @@
 
 #include <cmath>
 
+#include "chunks.h"
+
 namespace cosine_window_attention::cuda {
 namespace {
 
+using gpu::load_chunk;
 using gpu::SharedMemory;
+using gpu::store_chunk;
 
 constexpr float INFINITE = INFINITY;
 constexpr int ABSENT = -1;  // region of a token that does not exist
@@ -162,32 +166,6 @@ __device__ __forceinline__ void store_pair(T* at, float x, float y) {
     *reinterpret_cast<uint32_t*>(at) = gpu::pack<T>(x, y);
   }
 }
-// 16 bytes: 4 or 8 numbers.
-template <typename T>
-__device__ __forceinline__ void load_chunk(float* x, const T* at) {
-  if constexpr (sizeof(T) == 4) {
-    const float4 four = *reinterpret_cast<const float4*>(at);
-    x[0] = four.x, x[1] = four.y, x[2] = four.z, x[3] = four.w;
-  } else {
-    const uint4 words = *reinterpret_cast<const uint4*>(at);
-    const uint32_t word[4] = {words.x, words.y, words.z, words.w};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float2 pair = gpu::unpack<T>(word[i]);
-      x[2 * i] = pair.x, x[2 * i + 1] = pair.y;
-    }
-  }
-}
-template <typename T>
-__device__ __forceinline__ void store_chunk(T* at, const float* x) {
-  if constexpr (sizeof(T) == 4) {
-    *reinterpret_cast<float4*>(at) = float4{x[0], x[1], x[2], x[3]};
-  } else {
-    *reinterpret_cast<uint4*>(at) = uint4{gpu::pack<T>(x[0], x[1]), gpu::pack<T>(x[2], x[3]), gpu::pack<T>(x[4], x[5]),
-                                          gpu::pack<T>(x[6], x[7])};
-  }
-}
-
 // Starts to copy `Count` rows of two tensors, from token `first` of the window on. Absent tokens and the rest of a row that
 // is wider than the head become zero.
 template <typename T, int Width, int Count>

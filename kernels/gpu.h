@@ -69,6 +69,8 @@ __device__ __forceinline__ float2 unpack<bfloat16>(uint32_t both) {
 
 // e^x by the special function unit: two units in the last place where |x| is small, as it is for what matters in a softmax.
 __device__ __forceinline__ float fast_exp(float x) { return __expf(x); }
+// 1 / x by the same unit, for x up to 2^126: one unit in the last place.
+__device__ __forceinline__ float fast_reciprocal(float x) { return __fdividef(1.0f, x); }
 
 // -- shuffles ------------------------------------------------------------------------------------------------------------
 
@@ -173,17 +175,17 @@ inline void check(cudaError_t error, const char* what) {
 // Bytes of shared memory that one block may have on the current device.
 inline int shared_memory_limit() {
   int device = 0, bytes = 0;
-  check(cudaGetDevice(&device), "cosine_window_attention: no current device");
+  check(cudaGetDevice(&device), "no current device");
   check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
-        "cosine_window_attention: shared memory of the device");
+        "shared memory of the device");
   return bytes;
 }
 
 inline bool has_bfloat16() {
   int device = 0, major = 0;
-  check(cudaGetDevice(&device), "cosine_window_attention: no current device");
+  check(cudaGetDevice(&device), "no current device");
   check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
-        "cosine_window_attention: compute capability of the device");
+        "compute capability of the device");
   return major >= 8;
 }
 
@@ -192,10 +194,10 @@ void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int shar
             Arguments... arguments) {
   if (shared_bytes > 48 * 1024) {
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
-          "cosine_window_attention: shared memory of a kernel");
+          "shared memory of a kernel");
   }
   kernel<<<dim3(unsigned(blocks)), dim3(unsigned(threads)), shared_bytes, stream>>>(arguments...);
-  check(cudaGetLastError(), "cosine_window_attention: launch");
+  check(cudaGetLastError(), "launch of a kernel");
 }
 
 }  // namespace cosine_window_attention::gpu

@@ -18,12 +18,23 @@ from pathlib import Path
 LIBRARY = Path(__file__).parents[1] / "swinv2_scale/ops/_kernels_cuda.so"
 KERNELS = ("forward", "backward_queries", "backward_keys")
 WARP = 32
-NAME = re.compile(r"\d(forward|backward_queries|backward_keys|reduce)_kernel(?:I(f|.*?(?:bfloat16|float16)E)Li(\d+)E)?")
+BLOCK_KERNELS = (
+    "norm_forward",
+    "norm_backward",
+    "gelu_forward",
+    "sum",
+)  # of block_cuda.cu; and total, which has no type
+NAME = re.compile(
+    rf"\d({'|'.join([*KERNELS, 'reduce', *BLOCK_KERNELS, 'total'])})_kernel"
+    r"(?:I(f|.*?(?:bfloat16|float16)E)(?:L[ib](\d+)E)?)?"
+)
+BLOCK_THREADS, NORM_CHUNKS, SUM_CHUNKS = 256, 1024, 2**18  # block_cuda.cu and block_cuda.h
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """One kernel in the machine code of one architecture; `instructions` are addresses and texts."""
+    """One kernel in the machine code of one architecture; `instructions` are addresses and texts. `width` is of a head;
+    of a norm the chunks of 16 bytes that a lane has; of a sum whether it is GELU's backward."""
 
     architecture: int
     name: str
@@ -218,6 +229,84 @@ def main() -> None:
                 worst = max(needed, key=needed.__getitem__)
                 columns = " | ".join(f"{needed[h] * 1e6:.0f}" for h in HEADINGS)
                 print(f"| {what} | {name} | {blocks} | {columns} | {needed[worst] * 1e6:.0f} | {worst} |")
+    print_block(kernels)
+
+
+# What, tokens of all images, channels: as in SHAPES.
+BLOCK_SHAPES = [
+    ("T 256/8, first stage", 128 * 64**2, 96),
+    ("T 256/8, last stage", 128 * 8**2, 768),
+    ("L 384/24, third stage", 16 * 24**2, 768),
+    ("G 1536/48, first stage", 384**2, 512),
+    ("G 1536/48, last stage", 48**2, 4096),
+]
+# Maps that pass through memory: here, and by PyTorch's functions in their place where each reads and writes once
+# (float32 counts as two). Forward: to float32, norm, · keep, to bfloat16, x + . Backward: both maps to float32, · keep,
+# norm for its input, norm for its weights, to bfloat16. GELU: its gradient, itself, the sum.
+MAPS = {"norm_forward": (3, 17), "norm_backward": (3, 23), "gelu_forward": (2, 2), "sum of GELU": (4, 6), "sum": (1, 1)}
+
+
+def norm_lanes(channels: int, size: int) -> tuple[int, int]:
+    """Lanes of a row, and chunks of each: `choose_lanes` of block_cuda.cu."""
+    chunks, most = channels * size // 16, size
+    shapes = [(1 << max(0, -(-chunks // each) - 1).bit_length(), each) for each in (most, most - 1)]
+    return min(shapes, key=lambda shape: shape[0] * shape[1])
+
+
+def pass_instructions(kernel: Kernel) -> int:
+    """Length of the longest loop, which takes a lane's next numbers; what it loops over itself counts once."""
+    loops = [0]
+    for at, text in kernel.instructions:
+        target = re.match(r"BRA(?:\.\S+)? .*?0x([0-9a-f]+)", text)
+        if target and int(target[1], 16) < at:
+            loops.append(sum(int(target[1], 16) <= place <= at for place, _ in kernel.instructions))
+    return max(loops)
+
+
+def block_limits(
+    gpu: Gpu, kernels: list[Kernel], name: str, rows: int, channels: int
+) -> tuple[float, dict[str, float]]:
+    """Bytes moved as a multiple of the least, and the seconds that each resource needs, in bfloat16."""
+    lanes, each = norm_lanes(channels, 2) if name.startswith("norm") else (0, 1)
+    width = {"gelu_forward": 0, "sum": 0, "sum of GELU": 1}.get(name, each)
+    kernel = find(kernels, gpu.architecture, name.partition(" ")[0], "bfloat16", width)
+    lanes_over = -(-channels // 8) if not lanes else lanes * each  # chunks of a row, idle ones included
+    parts = {"norm_backward": 2 * max(1, min(rows // 32, NORM_CHUNKS))}.get(
+        name, max(1, min(rows // 64, SUM_CHUNKS // channels)) if name.startswith("sum") else 0
+    )
+    least = MAPS[name][0] * rows * channels * 2
+    moved = least + (8 * rows if lanes else 0) + 2 * parts * channels * 4
+    issued = pass_instructions(kernel) / each * rows * lanes_over / WARP
+    return moved / least, {"memory": moved / gpu.memory_bytes, "issue": issued / gpu.cycles(4)}
+
+
+def print_block(kernels: list[Kernel]) -> None:
+    print(
+        "\n| kernel | type | " + " | ".join(f"registers sm_{g.architecture}" for g in GPUS) + " | blocks A100, H100 |"
+    )
+    print("|---|---|---|---|---|")
+    for dtype in ("bfloat16", "float32"):
+        for name in BLOCK_KERNELS:
+            for width in sorted({k.width for k in kernels if (k.name, k.dtype) == (name, dtype)}):
+                own = [find(kernels, gpu.architecture, name, dtype, width) for gpu in GPUS]
+                shared = {"norm_forward": 64, "gelu_forward": 0}.get(name, 64 + 256 * 32)
+                blocks = [
+                    blocks_per_multiprocessor(g, k, BLOCK_THREADS, shared) for g, k in zip(GPUS, own, strict=True)
+                ]
+                what = f"{name}, {width} chunks" if "norm" in name else "sum of GELU" if width else name
+                print(f"| {what} | {dtype} | {' | '.join(str(k.registers) for k in own)} | {blocks[0]}, {blocks[1]} |")
+    print(
+        "\n| shape | kernel | of the least bytes | by PyTorch | "
+        + " | ".join(f"{g.name} memory, issue" for g in GPUS)
+        + " |"
+    )
+    print("|---|---|---|---|---|---|")
+    for what, rows, channels in BLOCK_SHAPES:
+        for name, (ours, plain) in MAPS.items():
+            wide = channels * 4 if "gelu" in name.lower() else channels
+            found = [block_limits(gpu, kernels, name, rows, wide) for gpu in GPUS]
+            times = " | ".join(f"{seconds['memory'] * 1e6:.1f}, {seconds['issue'] * 1e6:.1f}" for _, seconds in found)
+            print(f"| {what} | {name} | {found[0][0]:.2f} | {plain / ours:.1f} | {times} |")
 
 
 HEADINGS = ("memory", "products", "exponentials", "shared memory", "issue")

@@ -23,7 +23,7 @@ from rich.progress import track
 from rich.table import Table
 
 from swinv2_scale import distributed
-from swinv2_scale.ops import comparison, native, selfcheck
+from swinv2_scale.ops import comparison, native, selfcheck, selfcheck_block
 from swinv2_scale.ops.cosine_window_attention import why_reference
 from swinv2_scale.ops.selfcheck import Check
 
@@ -48,7 +48,8 @@ class Report:
     versions: dict[str, str] = field(default_factory=dict)
     kernels: dict[str, str] = field(default_factory=dict)
     device: str = "cpu"
-    checks: list[Check] = field(default_factory=list)
+    checks: list[Check] = field(default_factory=list)  # of the attention
+    block: list[Check] = field(default_factory=list)  # of a block's other kernels
     speed: dict[str, tuple[float, float]] = field(default_factory=dict)  # milliseconds: forward, forward and backward
     problems: list[str] = field(default_factory=list)
 
@@ -82,7 +83,9 @@ def examine(device: str, *, quick: bool) -> Report:
         cases = selfcheck.short() if quick else selfcheck.matrix()
         shown = track(cases, "self-check", console=Console(stderr=True), transient=True)
         report.checks = [check for case in shown for check in selfcheck.checks(case, torch.device(device))]
-        report.problems += broken(report.checks, device)
+        report.block = selfcheck_block.checks(torch.device(device))
+        report.problems += broken(report.checks, f"{device} attention kernel fails", selfcheck.REMEDY)
+        report.problems += broken(report.block, f"{device} kernels of a block fail", selfcheck_block.REMEDY)
         if not quick and not report.problems:
             report.speed = speed(device)
     return report
@@ -189,12 +192,12 @@ def kernels() -> dict[str, str]:
     return facts
 
 
-def broken(checks: Iterable[Check], device: str) -> list[str]:
+def broken(checks: Iterable[Check], what_fails: str, remedy: str) -> list[str]:
     """A sentence on the checks that failed, if any."""
     failed = [check for check in checks if not check.passed]
     if not failed:
         return []
-    return [f"the {device} attention kernel fails {len(failed)} checks, the first: {failed[0]}. {selfcheck.REMEDY}"]
+    return [f"the {what_fails} {len(failed)} checks, the first: {failed[0]}. {remedy}"]
 
 
 def speed(device: str) -> dict[str, tuple[float, float]]:
@@ -211,8 +214,9 @@ def speed(device: str) -> dict[str, tuple[float, float]]:
 def to_json(report: Report) -> str:
     """One object of the same facts; numbers that are not finite are null."""
     facts = asdict(report)
-    for check, result in zip(facts["checks"], report.checks, strict=True):
-        check |= {"error": _finite(result.error), "passed": result.passed}
+    for part in ("checks", "block"):
+        for check, result in zip(facts[part], getattr(report, part), strict=True):
+            check |= {"error": _finite(result.error), "passed": result.passed}
     facts["speed"] = {
         name: dict(zip(("forward_ms", "forward_backward_ms"), map(_finite, times), strict=True))
         for name, times in report.speed.items()
@@ -227,7 +231,11 @@ def show(report: Report, console: Console) -> None:
     if report.checks:
         columns = (*selfcheck.TENSORS, selfcheck.REPEATED)
         title = f"Self-check on {report.device}: error as a share of its budget, the worst of all types"
-        console.print(_table(title, ("window and case", *columns, ""), map(_verdict, _by_case(report.checks))))
+        console.print(_table(title, ("case", *columns, ""), map(_verdict, _by_case(report.checks))))
+        title = f"The same of a block's other kernels, the worst of all types of {len(selfcheck_block.cases())} cases"
+        tensors = (*selfcheck_block.TENSORS, selfcheck.REPEATED)
+        of_tensors = [[check for check in report.block if check.tensor == tensor] for tensor in tensors]
+        console.print(_table(title, ("tensor", "share", ""), (_worst(checks) for checks in of_tensors if checks)))
     if report.speed:
         kind, batch, side, window, heads = SHAPES[report.device]
         title = f"Speed on {report.device}: {kind}, {batch} x {side} x {side}, window {window}, {heads} heads"
@@ -263,6 +271,11 @@ def _verdict(checks: list[Check]) -> list[str]:
         shares = [check.share for check in checks if check.tensor == tensor]
         cells.append(f"{max(shares):.2f}" if shares else "")
     return [checks[0].case, *cells, "ok" if all(check.passed for check in checks) else "FAILED"]
+
+
+def _worst(checks: list[Check]) -> list[str]:
+    share = max(check.share for check in checks)
+    return [checks[0].tensor, f"{share:.2f}", "ok" if all(check.passed for check in checks) else "FAILED"]
 
 
 def _finite(x: float) -> float | None:

@@ -30,7 +30,7 @@ from swinv2_scale.models import accounting, memory
 from swinv2_scale.models.convert import fitted
 from swinv2_scale.models.initial import initial_values
 from swinv2_scale.models.probe import BlockProbe
-from swinv2_scale.ops import native, selfcheck
+from swinv2_scale.ops import native, selfcheck, selfcheck_block
 from swinv2_scale.optim import Schedule, parameter_groups
 from swinv2_scale.parallel import PRECISIONS, deepspeed_config
 from swinv2_scale.profile import Profiler
@@ -311,11 +311,14 @@ def say_plan(cfg: Any, telemetry: Telemetry) -> float | None:
 
 
 def check_kernel(attention: str, precision: str) -> None:
-    """Refuse to train, on all ranks, where the kernel that memory.attention chooses fails on any. Collective."""
+    """Refuse to train, on all ranks, where the kernel that memory.attention chooses, or one of those that blocks always
+    take, fails on any. Collective."""
     device, problem = distributed.device(), ""
-    if attention in ("auto", "kernel", device.type) and device.type not in native.missing:
+    if device.type not in native.missing:
         try:
-            selfcheck.check_kernel(device, PRECISIONS[precision])
+            selfcheck_block.check_block(device, PRECISIONS[precision])
+            if attention in ("auto", "kernel", device.type):
+                selfcheck.check_kernel(device, PRECISIONS[precision])
         except ValueError as error:
             problem = str(error)
     for rank, found in enumerate(distributed.gathered(problem)):

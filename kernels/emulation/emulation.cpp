@@ -7,32 +7,11 @@
 #endif
 #include KERNELS
 
+#include "library.h"
+
 namespace cwa = cosine_window_attention;
 
-namespace {
-
-char message[512];
-
-template <typename Call>
-int guarded(Call call) {
-  try {
-    call();
-    return 0;
-  } catch (const std::exception& problem) {
-    std::snprintf(message, sizeof message, "%s", problem.what());
-    return 1;
-  }
-}
-
-}  // namespace
-
 extern "C" {
-
-const char* emulation_error() { return message; }
-
-void emulation_configure(uint64_t seed, int workers, int shared_memory_limit, int bfloat16) {
-  cwa::gpu::settings = {seed, workers, shared_memory_limit, bfloat16 != 0};
-}
 
 // sizes: batch, grid, window, shift (three each), heads, width
 static cwa::Problem problem_of(const int64_t* sizes, float mask_value) {

@@ -411,6 +411,7 @@ float2 unpack(uint32_t both) {
 }
 
 inline float fast_exp(float x) { return std::exp(x); }
+inline float fast_reciprocal(float x) { return 1.0f / x; }
 
 // -- instructions of a warp ----------------------------------------------------------------------------------------------
 

@@ -4,8 +4,9 @@
     mlp                  fc2(gelu(fc1(x))); keeps x and fc1's output, and computes GELU again in backward
     residual_post_norm   x + keep · norm(y); keeps y and two numbers per token
 
-The parts that memory bounds are native on the CPU (kernels/block_cpu.cpp), PyTorch's functions elsewhere. A compiler
-sees compositions of PyTorch's functions, which it fuses in its own way, and which tests compare the rest with.
+The parts that memory bounds are native on the CPU (kernels/block_cpu.cpp) and on NVIDIA's GPUs (kernels/block_cuda.cu),
+PyTorch's functions where those are missing or take no such map. A compiler sees compositions of PyTorch's functions,
+which it fuses in its own way, and which tests and the self-check compare the rest with.
 Channels are the last dimension of every map.
 """
 
@@ -45,19 +46,28 @@ def residual_post_norm(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, keep:
     x and y (B, …, C); weight and bias (C,), float32 or wider; keep (B,), float32: drop path's factors, or None.
     """
     if torch.compiler.is_compiling():
-        branch = F.layer_norm(y.to(weight.dtype), weight.shape, weight, bias, EPS)
-        return x + (branch if keep is None else branch * _per_image(keep, x)).to(x.dtype)
+        return composed_post_norm(x, y, weight, bias, keep)
     return _ResidualPostNorm.apply(x, y.to(x.dtype), weight, bias, keep)
+
+
+def composed_post_norm(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, keep: Tensor | None) -> Tensor:
+    """`residual_post_norm` as PyTorch's functions have it."""
+    branch = F.layer_norm(y.to(weight.dtype), weight.shape, weight, bias, EPS)
+    return x + (branch if keep is None else branch * _per_image(keep, x)).to(x.dtype)
 
 
 def _per_image(keep: Tensor, x: Tensor) -> Tensor:
     return keep.view(-1, *[1] * (x.dim() - 1))
 
 
-def _is_native(map: Tensor) -> bool:
-    """Whether the native parts take a map."""
-    types = (*native.TYPES, torch.float64)
-    return map.device.type == "cpu" and "cpu" not in native.missing and map.shape[-1] % 16 == 0 and map.dtype in types
+def _is_native(map: Tensor, norm: bool = False) -> bool:
+    """Whether the native parts of a map's device take it."""
+    device, channels = map.device.type, map.shape[-1]
+    if device not in ("cpu", "cuda") or device in native.missing or channels % 16:
+        return False
+    if device == "cpu":
+        return map.dtype in (*native.TYPES, torch.float64)
+    return map.dtype in native.types(map.device) and not (norm and channels > native.MAX_CUDA_CHANNELS)
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -164,7 +174,7 @@ class _ResidualPostNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, keep: Tensor | None) -> Tensor:
         exact = torch.promote_types(y.dtype, torch.float32)
-        ctx.native = _is_native(y) and weight.dtype == exact
+        ctx.native = _is_native(y, norm=True) and weight.dtype == exact
         if ctx.native:
             y, keep = y.contiguous(), None if keep is None else keep.to(exact)
             out, *statistics = torch.ops.swinv2_scale.residual_norm_forward(x.contiguous(), y, weight, bias, keep, EPS)

@@ -4,6 +4,7 @@ Operators `swinv2_scale::cosine_window_attention_forward` and `…_backward` are
 returns out (B, *grid, H·D) and the log-sum-exp of every row (B, *grid, H); backward recomputes the rest from them.
 """
 
+import functools
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from torch import Tensor
 
 MAX_WINDOW = 64  # tokens per axis
 MAX_CUDA_TOKENS = 4096  # of a window
+MAX_CUDA_CHANNELS = 4096  # of a norm
 WIDTHS = range(8, 129, 8)  # of a head
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512_bf16", "amx_bf16")  # that setup.py compiles for x86-64
@@ -48,6 +50,13 @@ def _load() -> dict[str, str]:
 
 
 missing = _load()
+
+
+@functools.cache
+def types(device: torch.device) -> tuple[torch.dtype, ...]:
+    """What the kernels of a device take, without float64: Turing has no bfloat16."""
+    turing = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
+    return tuple(dtype for dtype in TYPES if not (turing and dtype == torch.bfloat16))
 
 
 def unfit(  # noqa: PLR0911 one line per reason

@@ -65,7 +65,7 @@ class Case:
         window, grid = ("x".join(map(str, sizes)) for sizes in (self.window, self.grid))
         low, high = self.scales
         parts = [
-            f"{window} on {grid}{' shifted' if self.shifted else ''}",
+            f"window {window} on {grid}{' shifted' if self.shifted else ''}",
             f"B={self.batch} H={self.heads} D={self.width}",
             f"log scale {low:g}" if low == high else f"log scale {low:g}…{high:g}",
         ]
@@ -78,7 +78,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Check:
-    """A tensor of a case in one type: root mean square error and what it may be. `tensor` is "out", the input whose
+    """A tensor of a case in one type: root mean square error and what it may be. `tensor` is a value, the input whose
     gradient it is, or "second run", whose error is the largest difference from the first; `problem` says why there is
     no result."""
 
@@ -104,7 +104,7 @@ class Check:
     def __str__(self) -> str:
         tensor = f"gradient of {self.tensor}" if self.tensor in TENSORS[1:] else self.tensor
         outcome = self.problem or f"error {self.error:.2e}, budget {self.budget:.2e}"
-        return f"window {self.case}, {self.dtype}, {tensor}: {outcome}"
+        return f"{self.case}, {self.dtype}, {tensor}: {outcome}"
 
 
 @dataclass(frozen=True)
@@ -153,12 +153,6 @@ def matrix() -> list[Case]:
     zero = [Case((3, 4), (5, 6), batch=2, zeros=1.0)]
     small = [case for layout in LAYOUTS for case in variants(*layout)]
     return [*small, *widths(), *zero, *(case for layout in LARGE for case in large_variants(*layout))]
-
-
-def dtypes(device: torch.device) -> list[torch.dtype]:
-    """Types of qkv that the kernel of a device takes, without float64."""
-    turing = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
-    return [dtype for dtype in native.TYPES if not (turing and dtype == torch.bfloat16)]
 
 
 def draw(case: Case, dtype: torch.dtype, device: torch.device, seed: int) -> Draw:
@@ -226,7 +220,7 @@ def scale_noise(case: Case, draws: Sequence[Draw]) -> float:
 def checks(case: Case, device: torch.device, types: Sequence[torch.dtype] | None = None) -> list[Check]:
     """All checks of a case, in `types` or all that the kernel of the device takes; a kernel that raises has failed."""
     found: list[Check] = []
-    for dtype in types or dtypes(device):
+    for dtype in types or native.types(device):
         try:
             found += compare(case, draws_of(case, dtype, device))
         except RuntimeError as error:

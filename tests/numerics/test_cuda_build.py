@@ -37,7 +37,8 @@ def test_architectures(kernels) -> None:
     found = {(k.architecture, k.dtype) for k in kernels if k.dtype}
     expected = {(a, t) for a in (75, 80, 90, 100) for t in SIZES} - {(75, "bfloat16")}
     assert found == expected
-    assert len(kernels) == len(expected) * 10  # three kernels of three widths, and the reduction
+    # Three kernels of three widths, and the reduction; two norms of two widths, GELU, two sums, and their total.
+    assert len(kernels) == len(expected) * (10 + 8)
 
 
 def test_nothing_spills(kernels) -> None:
@@ -50,15 +51,25 @@ def test_nothing_spills(kernels) -> None:
 def test_tensor_cores_and_asynchronous_copies(kernels) -> None:
     for kernel in kernels:
         codes = {code.split(".")[0] for code in opcodes(kernel)}
-        if kernel.name == "reduce":
-            continue
         assert kernel.instructions, kernel
+        if kernel.name not in roofline.KERNELS:
+            continue
         on_tensor_cores = kernel.dtype != "float32"
         assert ("HMMA" in codes) == on_tensor_cores, kernel
         assert ("LDSM" in codes) == on_tensor_cores, kernel
         assert ("LDGSTS" in codes) == (kernel.architecture >= 80), kernel
         if kernel.dtype == "bfloat16":
             assert any("HMMA" in code and "BF16" in code for code in opcodes(kernel)), kernel
+
+
+def test_maps_of_a_block_are_read_and_written_16_bytes_at_a_time(kernels) -> None:
+    for kernel in kernels:
+        if kernel.name not in roofline.BLOCK_KERNELS:
+            continue
+        wide = [code for code in opcodes(kernel) if code.startswith("LDG") and "128" in code]
+        assert wide, kernel
+        if kernel.name != "sum" or kernel.width:
+            assert [code for code in opcodes(kernel) if code.startswith("STG") and "128" in code], kernel
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler (g++) found")

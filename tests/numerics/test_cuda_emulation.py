@@ -228,11 +228,11 @@ def test_many_windows_share_one_partial_table(emulation) -> None:
     assert_within_budget(emulation, tensors, weight, window=(1, 2), shift=(0, 1))
 
 
-def check_program(folder: Path, *options: str) -> Path | None:
+def check_program(folder: Path, *options: str, source: str = "check.cpp") -> Path | None:
     """A program in which each tensor and each shared array is one allocation. None if the compiler lacks an option."""
     program = folder / "check"
     command = [COMPILER, "-std=c++17", "-O1", "-g", "-Wno-unknown-pragmas", "-DCOSINE_WINDOW_ATTENTION_EMULATE"]
-    command += [str(KERNELS / "emulation/check.cpp"), "-o", str(program), "-lpthread"]
+    command += [str(KERNELS / "emulation" / source), "-o", str(program), "-lpthread"]
     if subprocess.run([*command, *options], capture_output=True, check=False).returncode:
         plain = subprocess.run(command, capture_output=True, text=True, check=False)
         assert plain.returncode == 0, plain.stderr

@@ -10,7 +10,7 @@ import torch
 from packaging.requirements import Requirement
 
 from swinv2_scale import cli, doctor
-from swinv2_scale.ops import native, selfcheck
+from swinv2_scale.ops import native, selfcheck, selfcheck_block
 
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 with_kernel = pytest.mark.skipif("cpu" in native.missing, reason=native.missing.get("cpu", ""))
@@ -108,10 +108,12 @@ def test_a_whole_installation(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
 def test_json_is_one_object_of_the_same_facts(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["doctor", "--quick", "--json", "--device", "cpu"]) == 0
     facts = json.loads(capsys.readouterr().out)
-    assert list(facts) == ["versions", "kernels", "device", "checks", "speed", "problems"]
+    assert list(facts) == ["versions", "kernels", "device", "checks", "block", "speed", "problems"]
     assert facts["versions"]["torch"] == torch.__version__.partition("+")[0] and facts["speed"] == {}
     cases = len(selfcheck.short()) * len(native.TYPES) * (len(selfcheck.TENSORS) + 1)
     assert len(facts["checks"]) == cases and all(check["passed"] for check in facts["checks"])
+    of_block = len(selfcheck_block.cases()) * len(native.TYPES) * (len(selfcheck_block.TENSORS) + 1)
+    assert len(facts["block"]) == of_block and all(check["passed"] for check in facts["block"])
 
 
 @with_kernel

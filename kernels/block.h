@@ -1,0 +1,31 @@
+// The calls of a block's native parts, for a CPU and for a GPU.
+
+#pragma once
+
+#include <cstdint>
+
+namespace swinv2_block {
+
+// Rows are tokens; channels are a multiple of 16. What is not stored per token and channel is float32, or float64 when the
+// maps are. Sums over rows are first those of a number of chunks of rows, which are then added in their order.
+struct NormCall {
+  int64_t rows, rows_per_image, chunks;
+  int channels;
+  double eps;
+  const void *x, *y;             // (rows, channels)
+  const void *weight, *bias;     // (channels)
+  const void* keep;              // (images) factors of drop path, or null
+  void *out, *statistics;        // (rows, channels), (rows, 2)
+  const void* grad_out;          // (rows, channels); the rest is backward's
+  void *grad_y, *partials;       // (rows, channels), (chunks, 2, channels)
+};
+
+struct MapCall {
+  int64_t rows, chunks;
+  int channels;
+  const void* input;  // (rows, channels)
+  void *out, *grad;   // (rows, channels)
+  void* partials;     // (chunks, channels)
+};
+
+}  // namespace swinv2_block

@@ -1,0 +1,121 @@
+"""The native parts of a block (ops/block.py) against PyTorch's functions in float64; the budget is selfcheck.py's."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from swinv2_scale.ops import block, native
+from swinv2_scale.ops.selfcheck import FLOOR, GRADIENTS, REPEATED, VALUES, Check
+
+TENSORS = (  # what `native_parts` returns
+    "post-norm",
+    "gradient of branch",
+    "gradient of weight",
+    "gradient of bias",
+    "GELU",
+    "GELU in backward",
+    "gradient of GELU",
+    "its sum",
+    "sum",
+)
+REMEDY = f"the environment variable {native.FORCE}={native.OFF} trains without any native code"
+Parts = Callable[..., list[Tensor]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Maps of `images` x 5 x 7 tokens, `size` times as large as usual; drop path drops the first image, or is off."""
+
+    channels: int
+    images: int = 3
+    dropped: bool = True
+    size: float = 1.0
+
+    def __str__(self) -> str:
+        factors = "" if self.size == 1 else f", size {self.size:g}"
+        return f"{self.images} x 5 x 7 x {self.channels}{' with drop path' if self.dropped else ''}{factors}"
+
+
+def cases() -> list[Case]:
+    """Rows of a part of a warp, of a warp, and of several, some of which their lanes do not divide; a fraction of a
+    second."""
+    return [Case(96), Case(352, dropped=False), Case(1408, images=2, size=100.0), Case(4096, images=1, dropped=False)]
+
+
+def native_parts(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, keep: Tensor | None, grad: Tensor) -> list[Tensor]:
+    """All operators of the maps' device."""
+    operators = torch.ops.swinv2_scale
+    out, statistics = operators.residual_norm_forward(x, y, weight, bias, keep, block.EPS)
+    grad_y, affine = operators.residual_norm_backward(grad, y, weight, keep, statistics)
+    slope = grad.clone()
+    activated, total = operators.gelu_backward(slope, y)
+    return [out, grad_y, *affine, operators.gelu_forward(y), activated, slope, total, operators.sum_rows(y)]
+
+
+def plain_parts(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, keep: Tensor | None, grad: Tensor) -> list[Tensor]:
+    """The same by PyTorch's functions."""
+    y, weight, bias = (tensor.detach().requires_grad_() for tensor in (y, weight, bias))
+    out, activated = block.composed_post_norm(x, y, weight, bias, keep), F.gelu(y)
+    gradients = torch.autograd.grad(out, (y, weight, bias), grad)
+    (slope,) = torch.autograd.grad(activated, y, grad)
+    found = [out, *gradients, activated, activated, slope, slope.flatten(0, -2).sum(0), y.flatten(0, -2).sum(0)]
+    return [tensor.detach() for tensor in found]
+
+
+def draw(case: Case, dtype: torch.dtype, device: torch.device) -> list[Tensor | None]:
+    """x, y, weight, bias, keep and a gradient of the output."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (case.images, 5, 7, case.channels)
+    x, y, grad = (torch.randn(shape, generator=generator) for _ in range(3))
+    y = case.size * (2 * y + torch.randn(*shape[:-1], 1, generator=generator))
+    weight, bias = torch.randn(2, case.channels, generator=generator)
+    keep = torch.tensor([0.0, *[1.25] * (case.images - 1)], device=device) if case.dropped else None
+    maps = [tensor.to(device, dtype) for tensor in (x, y)]
+    return [*maps, weight.to(device), bias.to(device), keep, grad.to(device, dtype)]
+
+
+def compare(case: Case, dtype: torch.dtype, device: torch.device, parts: Parts = native_parts) -> list[Check]:
+    """A check for each of TENSORS, and for a second run."""
+    tensors = draw(case, dtype, device)
+    ours, plain, again = parts(*tensors), plain_parts(*tensors), parts(*tensors)  # type: ignore[arg-type]
+    exact = plain_parts(*(None if tensor is None else tensor.double() for tensor in tensors))  # type: ignore[arg-type]
+    name, checks = str(dtype).removeprefix("torch."), []
+    for tensor, found, usual, true in zip(TENSORS, ours, plain, exact, strict=True):
+        factor = GRADIENTS if "gradient" in tensor else VALUES
+        budget = factor * _rms(usual.double() - true) + FLOOR * (_rms(true) + 1)
+        checks.append(Check(str(case), name, tensor, _rms(found.double() - true), budget))
+    difference = max(float((a.double() - b.double()).abs().max()) for a, b in zip(ours, again, strict=True))
+    return [*checks, Check(str(case), name, REPEATED, difference, 0.0)]
+
+
+def checks(device: torch.device, only: torch.dtype | None = None) -> list[Check]:
+    """Of all cases, in all types that the device's kernels take or the only one; one that raises has failed."""
+    found: list[Check] = []
+    for case in cases():
+        for dtype in native.types(device):
+            if only not in (None, dtype):
+                continue
+            try:
+                found += compare(case, dtype, device)
+            except RuntimeError as error:
+                name = str(dtype).removeprefix("torch.")
+                found.append(Check(str(case), name, TENSORS[0], math.inf, 0.0, str(error).splitlines()[0]))
+    return found
+
+
+def check_block(device: torch.device, dtype: torch.dtype | None = None) -> None:
+    """Before the kernels are trusted with a training run, which is of one type.
+
+    Raises ValueError that names case, type, tensor, error, budget and the remedy.
+    """
+    for check in checks(device, dtype):
+        if not check.passed:
+            raise ValueError(f"the {device.type} kernels of a block fail their self-check at {check}. {REMEDY}")
+
+
+def _rms(x: Tensor) -> float:
+    return float(x.square().mean().sqrt())
