@@ -173,7 +173,8 @@ def test_opposite_motions_show_the_same_pictures_in_reverse() -> None:
 
     names = list(motions.MOTIONS)
     for one, other in zip(names[::2], names[1::2], strict=True):
-        assert np.array_equal(film_of(one), film_of(other)[::-1])
+        difference = film_of(one).astype(int) - film_of(other)[::-1]
+        assert np.abs(difference).max() <= 1, one  # rounding
     left = film_of("moving left").astype(float)
     shift = round(motions._SHIFT)
     assert np.abs(left[0][:, shift:] - left[-1][:, :-shift]).mean() < 0.1 * np.abs(left[0] - left[-1]).mean()
