@@ -29,7 +29,7 @@ demo: $(VENV)/.demo pack
 	@echo "Your own cluster: the same command under torchrun or srun, one process per accelerator; see README.md"
 
 demo-video: $(VENV)/.video
-	@test -e data/motions/validation.csv || $(BIN)/swinv2-scale data motions data/motions
+	@test -e data/motions/validation.csv || { rm -rf data/motions; $(BIN)/swinv2-scale data motions data/motions; }
 	@for split in training validation; do $(BIN)/swinv2-scale data pack data/motions/$$split.csv data/motions_$$split --format kinetics || exit 1; done
 	rm -rf runs/demo_video runs/demo_video_test
 	$(DEMO) launch/finetune.py experiment=demo_video

@@ -62,7 +62,8 @@ class ClipTransform:
 
 
 class ClipEvaluationTransform:
-    """`views` clips at times spread over the video, each cut into `crops` squares spread over its long side.
+    """`views` clips at times spread over the video, each cut into `crops` squares spread over its long side, or
+    over the diagonal of a square video.
 
     One view is that of the middle, one crop that of the centre. The short side is resized to `resize` x image_size.
     "image" becomes float32 (views x crops, 3, T, S, S).

@@ -8,7 +8,6 @@ import io
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from functools import cached_property
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -56,14 +55,12 @@ class EncodedVideo:
 
     def check(self) -> tuple[int, int]:
         """(Y, X) of a video that decodes to its end."""
-        last = None
+        first, last = int(self._shown[0]), None
         try:
-            for last in self._decoded(int(self._shown[0])):  # noqa: B007  # all are decoded, one is looked at
+            for last in self._decoded(first):  # noqa: B007  # all are decoded, one is looked at
                 pass
             if last is None:
                 raise EOFError("it has no frame")
-        except CorruptSampleError:
-            raise
         except Exception as error:
             raise CorruptSampleError(f"video does not decode ({error})") from error
         _, height, width = _upright(last).shape
@@ -72,14 +69,15 @@ class EncodedVideo:
     def _decoded(self, stamp: int) -> Iterator[Any]:
         """PyAV's frames, from the key frame before a time stamp on."""
         container, stream = self._opened
-        container.seek(int(self._keys[self._key(stamp)]), stream=stream)
-        frames = container.decode(stream)
-        first = next(frames, None)
-        if first is not None and first.pts <= stamp:
-            return chain([first], frames)
-        del self._opened  # AVI is searched by other time stamps, and may land behind: from its beginning, then
+        if container.format.name != "avi":
+            container.seek(int(self._keys[self._key(stamp)]), stream=stream)
+            yield from container.decode(stream)
+            return
+        del self._opened  # AVI stores no time of showing, and FFmpeg's guesses are wrong: from its first frame, counted
         container, stream = self._opened
-        return container.decode(stream)
+        for shown, frame in zip(self._shown, container.decode(stream), strict=False):
+            frame.pts = int(shown)
+            yield frame
 
     def _key(self, stamp: int) -> int:
         """Which of the key frames is the last before a time stamp; of those before all, the first."""
@@ -125,7 +123,7 @@ class EncodedVideo:
     def _keys(self) -> np.ndarray:
         """int64: the time stamps of the frames that decoding can begin with, ascending."""
         keys = self._packets[self._packets[:, 1] > 0, 0]
-        return np.sort(keys) if len(keys) else self._shown[:1]
+        return np.sort(keys) if len(keys) and self._opened[0].format.name != "avi" else self._shown[:1]
 
 
 def encode(frames: np.ndarray, times: Sequence[float], *, rotation: int = 0) -> bytes:

@@ -1,5 +1,6 @@
 """The task of videos: views are averaged as probabilities, and what it shares with the task of images it shares."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -62,7 +63,7 @@ def test_a_model_of_images_is_refused() -> None:
         task_of("model=debug")
 
 
-def test_weights_of_images_start_a_model_of_clips(tmp_path) -> None:
+def test_weights_of_images_start_a_model_of_clips(tmp_path: Path, one_rank: None) -> None:
     from safetensors.torch import save_file
 
     from swinv2_scale import create_model, run
