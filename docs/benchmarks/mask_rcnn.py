@@ -1,13 +1,12 @@
-"""torchvision's Mask R-CNN in the place of HTC++: the same backbone, data, steps and optimiser's settings, COCO's numbers.
+"""torchvision's Mask R-CNN in the place of HTC++, with the same backbone, data, steps and settings of the optimiser.
 
     deepspeed --num_accelerators 2 launch/finetune.py experiment=demo_detection
     python docs/benchmarks/mask_rcnn.py runs/demo_detection            # trains the other, prints a row for each
 
 Settings that the first command has got beside the experiment's are to be given to the second one too. torchvision's
 model gets a pyramid of the same width, heads and samples of the same size, the same anchors, and the weights that the
-backbone of the run started from. It trains in this process, in float32 (HTC++ in the precision of its run), in a loop of
-a few lines, on the same images in the same order, cut and pasted alike; held-out images are the same too, and so is
-what judges.
+backbone of the run started from. It trains in this process, in float32 (HTC++ in the precision of its run), in a plain
+loop, on the same images in the same order, cut and pasted alike. Held-out images and what judges are the same too.
 """
 
 import argparse
@@ -39,7 +38,7 @@ SHOWN = ("box_ap", "box_ap50", "box_ap75", "mask_ap", "mask_ap50", "mask_ap75")
 
 
 class Backbone(nn.Module):
-    """A Swin Transformer V2, a LayerNorm for each map, and torchvision's pyramid: what its detectors call a backbone."""
+    """A Swin Transformer V2, a LayerNorm for each map, torchvision's pyramid: what it calls a backbone."""
 
     def __init__(self, encoder: Any, channels: int) -> None:
         super().__init__()
@@ -69,7 +68,7 @@ class AsTheyAre(GeneralizedRCNNTransform):
 
 
 def mask_rcnn(cfg: Any) -> MaskRCNN:
-    """torchvision's model with the sizes of a detector's configuration, on the weights that its backbone starts from."""
+    """torchvision's model, as large as the configuration's detector, on the weights that the backbone starts from."""
     of = cfg.task.detector
     backbone = Backbone(config.instantiate(cfg.model, num_classes=0), of.channels)
     starting = run.starting_weights(cfg, backbone)

@@ -52,7 +52,9 @@ def scenes(split: str, number: int | None = None) -> Iterator[Scene]:
     if split not in _SPLITS:
         raise ValueError(f"the scenes have no part {split!r}; choose one of {', '.join(_SPLITS)}")
     photographs = [
-        _opened(path) for n, path in enumerate(demo.photograph_files().values()) if (n % 4 == 2) == (split != "training")
+        _opened(path)
+        for n, path in enumerate(demo.photograph_files().values())
+        if (n % 4 == 2) == (split != "training")
     ]
     _, items = demo.digits(_SPLITS[split])
     glyphs = [decode(bytes(item.members["png"]))[0].numpy() / 255.0 for item in items]
