@@ -1,4 +1,5 @@
 # make demo       install, pack real images, pretrain, fine-tune, evaluate, report: the main job, on a fresh machine
+# make demo-dense install, paint scenes, fine-tune a segmentation and a detector, evaluate, report
 # make test       install, lint, types, tests (under 20 minutes on two cores)
 # make test-long  the whole demo and longer sweeps
 # make bench      steps of this project and of other libraries side by side; hours on two cores
@@ -13,7 +14,7 @@ DEMO   := PATH="$(BIN):$$PATH" DS_ACCELERATOR=cpu $(BIN)/deepspeed --num_acceler
 PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 SHARDS := photographs/train photographs/validation digits/train digits/validation
 
-.PHONY: demo test test-long bench lint pack clean
+.PHONY: demo demo-dense test test-long bench lint pack clean
 
 demo: $(VENV)/.demo pack
 	rm -rf runs/demo_simmim runs/demo_classification runs/evaluation
@@ -26,6 +27,20 @@ demo: $(VENV)/.demo pack
 	@echo "Your own images:  $(VENV)/bin/swinv2-scale data pack IMAGES/train shards/train    (IMAGES/train/CLASS/*.jpg)"
 	@echo "                  $(VENV)/bin/deepspeed launch/pretrain.py model=t name=mine data.train=shards/train epochs=100 global_batch=256"
 	@echo "Your own cluster: the same command under torchrun or srun, one process per accelerator; see README.md"
+
+demo-dense: $(VENV)/.demo
+	rm -rf data/scenes runs/demo_segmentation runs/demo_detection runs/evaluation_segmentation runs/evaluation_detection
+	$(BIN)/swinv2-scale data scenes data/scenes
+	@for split in training validation; do \
+		$(BIN)/swinv2-scale data pack data/scenes/images/$$split data/scenes_$$split --format ade20k || exit 1; \
+		$(BIN)/swinv2-scale data pack data/scenes/images/instances_$$split.json data/objects_$$split --format coco || exit 1; \
+	done
+	@for task in segmentation detection; do \
+		$(DEMO) launch/finetune.py experiment=demo_$$task || exit 1; \
+		$(DEMO) launch/evaluate.py experiment=demo_$$task checkpoint=runs/demo_$$task name=evaluation_$$task || exit 1; \
+	done
+	@echo
+	@$(BIN)/swinv2-scale report runs/demo_segmentation runs/demo_detection
 
 pack: $(VENV)/.demo
 	@for shards in $(SHARDS); do $(BIN)/swinv2-scale data pack $$shards data/$$shards --format demo || exit 1; done
@@ -51,7 +66,7 @@ $(VENV)/.torch:
 	@touch $@
 
 $(VENV)/.demo: $(VENV)/.torch setup.py pyproject.toml $(wildcard kernels/*.*)
-	$(BIN)/python -m pip install -q -e '.[demo]'
+	$(BIN)/python -m pip install -q -e '.[demo,detection]'
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.torch setup.py pyproject.toml $(wildcard kernels/*.*)
