@@ -22,9 +22,9 @@ COUNTS = {"training": 1200, "validation": 100}
 _SPLITS = {"training": "train", "validation": "validation"}  # as demo.py calls them
 _EDGES = (112, 161)  # pixels of a scene's sides, the second excluded
 _DIGITS = (2, 5)  # of a scene, the second excluded
-_SIZES = (32, 80)  # pixels of a digit's square before it is cut to its ink, the second excluded
+_SIZES = (40, 65)  # pixels of a digit's square before it is cut to its ink, the second excluded
 _INK = 0.45  # of an enlarged digit's 0 … 1, from which on a pixel is painted
-_VISIBLE = 0.5  # the share of a digit that must not be painted over, or else the new one goes elsewhere
+_VISIBLE = 0.8  # the share of a digit that must not be painted over, or else the new one goes elsewhere
 
 
 class Scene(NamedTuple):
