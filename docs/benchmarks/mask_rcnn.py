@@ -2,6 +2,7 @@
 
     deepspeed --num_accelerators 2 launch/finetune.py experiment=demo_detection
     python docs/benchmarks/mask_rcnn.py runs/demo_detection            # trains the other, prints a row for each
+    python docs/benchmarks/mask_rcnn.py runs/demo_detection --stop 350 # both as they are after 350 of their steps
 
 Settings that the first command has got beside the experiment's are to be given to the second one too. torchvision's
 model gets a pyramid of the same width, heads and samples of the same size, the same anchors, and the weights that the
@@ -102,8 +103,8 @@ def images_of(batch: dict[str, Any]) -> list[Tensor]:
     return [image[:, :rows, :columns] for image, (rows, columns) in zip(batch["image"], batch["size"], strict=True)]
 
 
-def train(cfg: Any, task: Detection, model: MaskRCNN) -> None:
-    """The steps of the configuration, on one rank."""
+def train(cfg: Any, task: Detection, model: MaskRCNN, stop: int) -> None:
+    """The first `stop` steps of the configuration, on one rank."""
     optim, data = cfg.optim, run.open_data(cfg)
     groups = parameter_groups(model, cfg.model.depths, weight_decay=optim.weight_decay, layer_decay=None)
     optimizer = torch.optim.AdamW(groups, betas=tuple(optim.betas), eps=optim.eps, fused=True)
@@ -111,7 +112,7 @@ def train(cfg: Any, task: Detection, model: MaskRCNN) -> None:
     schedule = run.build_schedule(optim, cfg.global_batch, cfg.steps, order.steps_per_epoch)
     parts = cfg.global_batch // cfg.micro_batch
     model.train()
-    for number, batch in enumerate(seeded(run.open_stream(cfg, task, data, order, 0, cfg.steps))):
+    for number, batch in enumerate(seeded(run.open_stream(cfg, task, data, order, 0, stop))):
         targets = [{**own, "labels": own["labels"] + 1} for own in targets_of(batch)]
         loss = sum(model(images_of(batch), targets).values())
         (loss / parts).backward()
@@ -124,7 +125,7 @@ def train(cfg: Any, task: Detection, model: MaskRCNN) -> None:
             optimizer.step()
             optimizer.zero_grad()
             if (step + 1) % cfg.log_every == 0:
-                print(f"step {step + 1}/{cfg.steps}  loss {float(loss):.4f}", flush=True)
+                print(f"step {step + 1}/{cfg.steps}  loss {float(loss.detach()):.4f}", flush=True)
 
 
 @torch.inference_mode()
@@ -150,10 +151,13 @@ def main() -> None:
     """Train, judge, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="a finished run of experiment=demo_detection")
+    parser.add_argument("--stop", type=int, help="step of an evaluation of the run; the last one by default")
     arguments, overrides = parser.parse_known_args()
     record = [json.loads(line) for line in (arguments.run / "metrics.jsonl").read_text().splitlines()]
     start = next(line for line in record if line["event"] == "start")
-    htc = [line for line in record if line["event"] == "evaluation"][-1]
+    evaluations = {line["step"]: line for line in record if line["event"] == "evaluation"}
+    stop = arguments.stop or max(evaluations)
+    htc = evaluations[stop]
     cfg = config.compose("finetune", ["experiment=demo_detection", *overrides])
     if cfg.optim.encoder_scale != 1 or cfg.optim.layer_decay not in (None, 1):
         raise ValueError(
@@ -163,13 +167,13 @@ def main() -> None:
     torch.manual_seed(cfg.seed)
     model = mask_rcnn(cfg)
     begin = time.process_time()
-    train(cfg, task, model)
+    train(cfg, task, model, stop)
     minutes = (time.process_time() - begin) / 60
     parameters = sum(math.prod(parameter.shape) for parameter in model.parameters())
     print("| model | parameters | steps | CPU minutes of training | " + " | ".join(SHOWN) + " |")
     print("|---" * (4 + len(SHOWN)) + "|")
-    print(row("torchvision's Mask R-CNN", parameters, cfg.steps, minutes, judged(cfg, task, model)))
-    print(row("HTC++", start["parameters"], htc["step"], float("nan"), htc))
+    print(row("torchvision's Mask R-CNN", parameters, stop, minutes, judged(cfg, task, model)))
+    print(row("HTC++", start["parameters"], stop, float("nan"), htc))
 
 
 if __name__ == "__main__":
