@@ -1,5 +1,5 @@
 # make demo       install, pack real images, pretrain, fine-tune, evaluate, report: the main job, on a fresh machine
-# make demo-dense install, paint scenes, fine-tune a segmentation and a detector, evaluate, report
+# make demo-dense install, paint scenes, train a detector and from it a segmentation, evaluate, report
 # make test       install, lint, types, tests (under 20 minutes on two cores)
 # make test-long  the whole demo and longer sweeps
 # make bench      steps of this project and of other libraries side by side; hours on two cores
@@ -35,12 +35,12 @@ demo-dense: $(VENV)/.demo
 		$(BIN)/swinv2-scale data pack data/scenes/images/$$split data/scenes_$$split --format ade20k || exit 1; \
 		$(BIN)/swinv2-scale data pack data/scenes/images/instances_$$split.json data/objects_$$split --format coco || exit 1; \
 	done
-	@for task in segmentation detection; do \
+	@for task in detection segmentation; do \
 		$(DEMO) launch/finetune.py experiment=demo_$$task || exit 1; \
 		$(DEMO) launch/evaluate.py experiment=demo_$$task checkpoint=runs/demo_$$task name=evaluation_$$task || exit 1; \
 	done
 	@echo
-	@$(BIN)/swinv2-scale report runs/demo_segmentation runs/demo_detection
+	@$(BIN)/swinv2-scale report runs/demo_detection runs/demo_segmentation
 
 pack: $(VENV)/.demo
 	@for shards in $(SHARDS); do $(BIN)/swinv2-scale data pack $$shards data/$$shards --format demo || exit 1; done
