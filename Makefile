@@ -1,5 +1,6 @@
 # make demo       install, pack real images, pretrain, fine-tune, evaluate, report: the main job, on a fresh machine
 # make demo-video the same for videos: photographs and digits in motion, fine-tuned and evaluated over several views
+# make demo-dense install, paint scenes, train a detector and from it a segmentation, evaluate, report
 # make test       install, lint, types, tests (under 20 minutes on two cores)
 # make test-long  the whole demo and longer sweeps
 # make bench      steps of this project and of other libraries side by side; hours on two cores
@@ -14,7 +15,7 @@ DEMO   := PATH="$(BIN):$$PATH" DS_ACCELERATOR=cpu $(BIN)/deepspeed --num_acceler
 PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 SHARDS := photographs/train photographs/validation digits/train digits/validation
 
-.PHONY: demo demo-video test test-long bench lint pack clean
+.PHONY: demo demo-dense demo-video test test-long bench lint pack clean
 
 demo: $(VENV)/.demo pack
 	rm -rf runs/demo_simmim runs/demo_classification runs/evaluation
@@ -36,6 +37,20 @@ demo-video: $(VENV)/.video
 	$(DEMO) launch/evaluate.py experiment=demo_video name=demo_video_test checkpoint=runs/demo_video \
 	    task.evaluation_transform.views=4 task.evaluation_transform.crops=3 task.evaluation_transform.resize=1.25
 	@$(BIN)/swinv2-scale report runs/demo_video
+
+demo-dense: $(VENV)/.demo
+	rm -rf data/scenes runs/demo_segmentation runs/demo_detection runs/evaluation_segmentation runs/evaluation_detection
+	$(BIN)/swinv2-scale data scenes data/scenes
+	@for split in training validation; do \
+		$(BIN)/swinv2-scale data pack data/scenes/images/$$split data/scenes_$$split --format ade20k || exit 1; \
+		$(BIN)/swinv2-scale data pack data/scenes/images/instances_$$split.json data/objects_$$split --format coco || exit 1; \
+	done
+	@for task in detection segmentation; do \
+		$(DEMO) launch/finetune.py experiment=demo_$$task || exit 1; \
+		$(DEMO) launch/evaluate.py experiment=demo_$$task checkpoint=runs/demo_$$task name=evaluation_$$task || exit 1; \
+	done
+	@echo
+	@$(BIN)/swinv2-scale report runs/demo_detection runs/demo_segmentation
 
 pack: $(VENV)/.demo
 	@for shards in $(SHARDS); do $(BIN)/swinv2-scale data pack $$shards data/$$shards --format demo || exit 1; done
@@ -61,7 +76,7 @@ $(VENV)/.torch:
 	@touch $@
 
 $(VENV)/.demo: $(VENV)/.torch setup.py pyproject.toml $(wildcard kernels/*.*)
-	$(BIN)/python -m pip install -q -e '.[demo]'
+	$(BIN)/python -m pip install -q -e '.[demo,detection]'
 	@touch $@
 
 $(VENV)/.video: $(VENV)/.demo

@@ -18,13 +18,13 @@ from swinv2_scale.data.images import decode
 
 CLASSES = [f"digit {number}" for number in range(10)]
 BACKGROUND = "photograph"  # of a semantic map: the class after the digits
-COUNTS = {"training": 240, "validation": 60}
+COUNTS = {"training": 1200, "validation": 100}
 _SPLITS = {"training": "train", "validation": "validation"}  # as demo.py calls them
-_EDGES = (96, 224)  # pixels of a scene's sides, the second excluded
-_DIGITS = (2, 7)  # of a scene, the second excluded
-_SIZES = (24, 72)  # pixels of a digit's square before it is cut to its ink, the second excluded
+_EDGES = (112, 161)  # pixels of a scene's sides, the second excluded
+_DIGITS = (2, 5)  # of a scene, the second excluded
+_SIZES = (40, 65)  # pixels of a digit's square before it is cut to its ink, the second excluded
 _INK = 0.45  # of an enlarged digit's 0 … 1, from which on a pixel is painted
-_VISIBLE = 0.5  # the share of a digit that must not be painted over, or else the new one goes elsewhere
+_VISIBLE = 0.8  # the share of a digit that must not be painted over, or else the new one goes elsewhere
 
 
 class Scene(NamedTuple):
@@ -52,7 +52,9 @@ def scenes(split: str, number: int | None = None) -> Iterator[Scene]:
     if split not in _SPLITS:
         raise ValueError(f"the scenes have no part {split!r}; choose one of {', '.join(_SPLITS)}")
     photographs = [
-        path for n, path in enumerate(demo.photograph_files().values()) if (n % 4 == 2) == (split != "training")
+        _opened(path)
+        for n, path in enumerate(demo.photograph_files().values())
+        if (n % 4 == 2) == (split != "training")
     ]
     _, items = demo.digits(_SPLITS[split])
     glyphs = [decode(bytes(item.members["png"]))[0].numpy() / 255.0 for item in items]
@@ -117,10 +119,13 @@ def _runs(mask: np.ndarray) -> list[int]:
     return np.diff([0, *edges, values.size]).tolist()
 
 
-def _background(path: Path, random: np.random.Generator) -> np.ndarray:
-    """A random part of a photograph at half its size or more, uint8 (Y, X, 3)."""
+def _opened(path: Path) -> Image.Image:
     with Image.open(path) as picture:
-        photograph = picture.convert("RGB")
+        return picture.convert("RGB")
+
+
+def _background(photograph: Image.Image, random: np.random.Generator) -> np.ndarray:
+    """A random part of a photograph at half its size or more, uint8 (Y, X, 3)."""
     shrink = random.uniform(1.0, 2.0)
     height, width = (int(edge) for edge in random.integers(*_EDGES, size=2))
     shrink = min(shrink, photograph.height / height, photograph.width / width)

@@ -1,6 +1,6 @@
 """A training that is killed, signalled, frozen, damaged and starved of disk at random moments, and what comes of it.
 
-    python tests/integration/chaos.py --rounds 50 --seed 0 [--world 2]
+    python tests/integration/chaos.py --rounds 50 --seed 0 [--world 2] [--task detection]
 
 Each round is a run of its own through DeepSpeed's launcher. It suffers one to three blows, each followed by the same
 command again, and must end as the undisturbed run did: every loss and every weight to the last bit, every step in the
@@ -24,11 +24,13 @@ from pathlib import Path
 
 import torch
 from real_runs import Run, kill_all, run
+from test_detecting import SETTINGS, packed
 
 from swinv2_scale.data.pack import pack
 from swinv2_scale.signals import EXIT_CODE
 
 STEPS, EVERY = 40, 4
+TASKS = ("simmim", "detection")
 BOUND = 150  # seconds that an attempt may take; a frozen rank is noticed after 6, and its launcher waits 30 more
 SIZE = 200_000_000  # bytes of the disk that is filled
 
@@ -94,14 +96,16 @@ class Chaos:
     world: int
     dice: random.Random
     disk: Path | None  # a small file system
+    script: str
+    settings: list[str]  # of the task: its data and batches
     damaged: dict[str, int] = field(default_factory=dict)
 
     def attempt(self, directory: Path, blow: Callable[[list[int]], None] | None = None, at: int = 0) -> Run:
         """The command, once."""
         return run(
             directory,
-            f"data.train={self.root}/photographs",
-            *(f"steps={STEPS}", "epochs=null", "global_batch=20", f"micro_batch={20 // self.world}", "precision=fp32"),
+            *self.settings,
+            *(f"steps={STEPS}", "epochs=null", "precision=fp32"),
             *(
                 f"checkpoint_every={EVERY}",
                 "keep_checkpoints=3",
@@ -109,6 +113,7 @@ class Chaos:
                 "optim.ema_decay=0.99",
                 "stall_minutes=0.1",
             ),
+            script=self.script,
             ranks=self.world,
             launcher="deepspeed",
             at=None if blow is None else (at, blow),
@@ -165,6 +170,15 @@ class Chaos:
         return int(checkpoints[-1].name.removeprefix("step_")) if checkpoints else 0
 
 
+def _of_task(task: str, root: Path, world: int) -> tuple[str, list[str]]:
+    """The script that trains a task, and its settings; its data are packed under root."""
+    if task == "simmim":
+        pack("photographs/train", root / "photographs", format="demo", shard_size=30, seed=0)
+        return "pretrain", [f"data.train={root}/photographs", "global_batch=20", f"micro_batch={20 // world}"]
+    shards = packed(root, "train", 40)
+    return "finetune", [f"data.train={shards}", *SETTINGS, f"global_batch={2 * world}", "micro_batch=2"]
+
+
 def _fill(disk: Path) -> None:
     with (disk / "ballast").open("wb", buffering=0) as file:
         try:
@@ -199,6 +213,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--world", type=int, default=2, help="ranks; must divide 20")
+    parser.add_argument("--task", choices=TASKS, default=TASKS[0])
     arguments = parser.parse_args()
     failed, blows = 0, 0
     with tempfile.TemporaryDirectory() as temporary:
@@ -209,9 +224,9 @@ def main() -> int:
             ["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "tmpfs", disk], capture_output=True, check=False
         )
         try:
-            pack("photographs/train", root / "photographs", format="demo", shard_size=30, seed=0)
             dice = random.Random(arguments.seed)
-            chaos = Chaos(root, arguments.world, dice, disk if mounted.returncode == 0 else None)
+            of_task = _of_task(arguments.task, root, arguments.world)
+            chaos = Chaos(root, arguments.world, dice, disk if mounted.returncode == 0 else None, *of_task)
             expected = chaos.attempt(root / "undisturbed")
             if expected.returncode:
                 print(expected.output)
@@ -227,7 +242,8 @@ def main() -> int:
             if mounted.returncode == 0:
                 subprocess.run(["umount", disk], check=True)
     print(
-        f"{arguments.rounds - failed} of {arguments.rounds} rounds held, {blows} blows, {arguments.world} ranks, "
+        f"{arguments.task}: {arguments.rounds - failed} of {arguments.rounds} rounds held, {blows} blows, "
+        f"{arguments.world} ranks, "
         f"{STEPS} steps each, seed {arguments.seed}{'' if mounted.returncode == 0 else '; no disk could be filled'}"
     )
     return 1 if failed else 0

@@ -1,7 +1,7 @@
 """Tasks that misbehave.
 
-Injected    its loss fails at the steps of INJECT, "3:nan 5:inf 7:hang 8:slow", on the rank INJECT_RANK
-Slow        each step of the first start of a Slurm job takes SLOW seconds more
+Injected, InjectedDetection    losses fail at the steps of INJECT, "3:nan 5:inf 7:hang 8:slow", on the rank INJECT_RANK
+Slow                           each step of the first start of a Slurm job takes SLOW seconds more
 """
 
 import os
@@ -13,16 +13,17 @@ from torch import Tensor
 
 from swinv2_scale import distributed
 from swinv2_scale.data.stream import Batch
+from swinv2_scale.tasks.detection import Detection
 from swinv2_scale.tasks.simmim import MaskedImageModelling
 
 
-class Injected(MaskedImageModelling):
-    """Counts training losses, one pass to a step; the first has number 0."""
+class Faults:
+    """Before a task in the order of its bases. Counts training losses, one pass to a step; the first has number 0."""
 
     step = int(os.environ.get("INJECT_FIRST", "0"))
 
     def loss(self, model: Callable, batch: Batch) -> Tensor:
-        loss = super().loss(model, batch)
+        loss = super().loss(model, batch)  # type: ignore[misc]
         if torch.is_grad_enabled():
             faults = dict(fault.split(":") for fault in os.environ["INJECT"].split())
             if distributed.rank() == int(os.environ["INJECT_RANK"]) and str(self.step) in faults:
@@ -31,6 +32,14 @@ class Injected(MaskedImageModelling):
                 loss = loss if fault == "slow" else loss * float(fault)
             self.step += 1
         return loss
+
+
+class Injected(Faults, MaskedImageModelling):
+    """Of pretraining."""
+
+
+class InjectedDetection(Faults, Detection):
+    """Of a detector."""
 
 
 class Slow(MaskedImageModelling):

@@ -1,6 +1,8 @@
 """A detector trained by the launch scripts on two ranks, evaluated on one and on two."""
 
 import json
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -79,3 +81,24 @@ def test_a_detector_is_trained_and_evaluated_on_any_number_of_ranks(launch: Call
         5,
         90,
     }
+
+
+@pytest.mark.long
+def test_a_detectors_order_and_faults_do_not_depend_on_ranks(launch: Callable[..., Run], tmp_path: Path) -> None:
+    """Stopped after step 4 on two ranks, resumed on one; and steps without finite gradients, which all ranks skip."""
+    data = f"data.train={packed(tmp_path / 'data', 'train', 12)}"
+    training = [data, *SETTINGS, "steps=8", "epochs=null", "global_batch=4", "micro_batch=2", "checkpoint_every=4"]
+    whole = launch("whole", *training, script="finetune", ranks=2)
+    assert whole.returncode == 0, whole.output
+    shutil.copytree(whole.directory, tmp_path / "resumed")
+    shutil.rmtree(tmp_path / "resumed/checkpoints/step_00000008")
+    resumed = launch("resumed", *training, script="finetune", ranks=1)
+    assert resumed.returncode == 0 and "at step 4" in resumed.output, resumed.output
+    assert resumed.losses() == pytest.approx(whole.losses(), rel=1e-3)
+    environment = {"INJECT": "2:nan 5:inf", "INJECT_RANK": "1"}
+    environment["PYTHONPATH"] = f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}"
+    faults = ["task._target_=injected.InjectedDetection", "guard.nonfinite=skip"]
+    skipping = launch("skipping", *training, *faults, script="finetune", ranks=2, environment=environment)
+    assert skipping.returncode == 0, skipping.output
+    assert sorted(skipping.events("skipped")) == [3, 6]
+    assert skipping.losses()[:2] == whole.losses()[:2]
