@@ -41,6 +41,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     ]
 
 
+@pytest.mark.long
 def test_training_learns_resumes_on_other_ranks_and_is_evaluated(tmp_path: Path, settings: list[str]) -> None:
     first = run(tmp_path / "first", *settings, "micro_batch=8", script="finetune")
     assert first.returncode == 0, first.output

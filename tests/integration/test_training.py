@@ -203,6 +203,7 @@ def test_a_kernel_that_fails_its_self_check_is_refused(launch: Launch, shards: P
     assert trained.returncode == 0, trained.output
 
 
+@pytest.mark.long
 def test_a_sample_that_does_not_decode_is_replaced_and_counted(launch: Launch, shards: Path, tmp_path: Path) -> None:
     damaged = tmp_path / "damaged"
     shutil.copytree(shards / "photographs/train", damaged)

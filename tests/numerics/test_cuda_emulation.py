@@ -240,6 +240,7 @@ def check_program(folder: Path, *options: str, source: str = "check.cpp") -> Pat
     return program
 
 
+@pytest.mark.long
 def test_memory_bounds(tmp_path) -> None:
     program = check_program(tmp_path, "-fsanitize=address")
     if program is None:

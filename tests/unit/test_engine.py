@@ -383,7 +383,7 @@ def test_a_parameter_starts_alike_wherever_it_is_made() -> None:
             assert torch.equal(fresh, value)
 
 
-@pytest.mark.parametrize("sub_group_size", [10**9, 10_000])
+@pytest.mark.parametrize("sub_group_size", [10**9, pytest.param(10_000, marks=pytest.mark.long)])
 def test_states_on_a_disk_change_nothing(tmp_path: Path, sub_group_size: int) -> None:
     usual = engine(3, "bf16", sub_group_size=sub_group_size, ema_decay=0.9)
     disk = MappedFile(tmp_path)

@@ -91,6 +91,7 @@ def inside(file: Path) -> tuple[set[str], dict]:
     return names, json.loads(extra["metadata.json"])
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_another_size_and_opset_and_no_head(tmp_path: Path, capsys) -> None:
     import onnx
