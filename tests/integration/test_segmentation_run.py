@@ -25,6 +25,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         pack(str(root / f"images/{split}"), root / f"{split}_shards", format="ade20k", shard_size=10, seed=0, jobs=1)
     return [
         "experiment=demo_segmentation",
+        "checkpoint=null",
         f"data.train={root}/training_shards",
         f"data.validation={root}/validation_shards",
         "task.channels=16",
