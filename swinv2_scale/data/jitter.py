@@ -66,6 +66,8 @@ def moved(
         "center": [(x1 + x2) / 2 - left, (y1 + y2) / 2 - top],
     }
     there = V.affine(own[None].to(torch.uint8), **motion)[0] > 0
+    whole = torch.ones_like(own[None], dtype=torch.float32)
+    there &= V.affine(whole, **motion, interpolation=InterpolationMode.BILINEAR)[0] > 0.99  # pixels from beyond the image's edge, even in part, would be black
     covered = (others & there).flatten(1).sum(dim=1)
     area = (target["masks"] > 0).flatten(1).sum(dim=1)
     if not there.any() or (area - covered < LEFT * area)[covered > 0].any():
