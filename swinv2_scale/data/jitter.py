@@ -67,7 +67,8 @@ def moved(
     }
     there = V.affine(own[None].to(torch.uint8), **motion)[0] > 0
     whole = torch.ones_like(own[None], dtype=torch.float32)
-    there &= V.affine(whole, **motion, interpolation=InterpolationMode.BILINEAR)[0] > 0.99  # pixels from beyond the image's edge, even in part, would be black
+    # Pixels from beyond the image's edge, even in part, would be black.
+    there &= V.affine(whole, **motion, interpolation=InterpolationMode.BILINEAR)[0] > 0.99
     covered = (others & there).flatten(1).sum(dim=1)
     area = (target["masks"] > 0).flatten(1).sum(dim=1)
     if not there.any() or (area - covered < LEFT * area)[covered > 0].any():
