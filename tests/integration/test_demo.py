@@ -59,12 +59,6 @@ def test_make_demo_keeps_its_promises() -> None:
 @pytest.mark.long
 def test_make_demo_dense_keeps_its_promises() -> None:
     made("demo-dense")
-    segmentation, detection = (
-        json.loads((ROOT / f"runs/evaluation_{task}/evaluation.json").read_text())
-        for task in ("segmentation", "detection")
-    )
-    assert segmentation["samples"] == 100 and 0 < segmentation["miou"] < 1  # what it reaches has not been measured yet
+    detection = json.loads((ROOT / "runs/evaluation_detection/evaluation.json").read_text())
     assert detection["box_ap"] >= 0.50 and detection["mask_ap"] >= 0.45 and detection["samples"] == 100
-    assert (ROOT / "runs/demo_segmentation/report.html").exists() and (
-        ROOT / "runs/demo_detection/report.html"
-    ).exists()
+    assert (ROOT / "runs/demo_detection/report.html").exists()
