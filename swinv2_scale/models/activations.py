@@ -19,6 +19,7 @@ from torch import nn
 from swinv2_scale.models.simmim import SimMIM
 from swinv2_scale.models.swin_v2 import Block, SwinTransformerV2, stage_grid
 from swinv2_scale.ops import native
+from swinv2_scale.ops.block import LARGE
 from swinv2_scale.ops.cosine_window_attention import SEQUENTIAL_BYTES
 from swinv2_scale.ops.windows import fit_window, padded_grid
 
@@ -296,8 +297,10 @@ def _block(
         scratch = max(3 * part + 2 * channels * hidden * low, size)
         mlp = [Op(size, True, weights=2 * channels * hidden, scratch=scratch)]
     else:
-        wide = tokens * hidden * low  # backward needs GELU's output and the gradient of its input too
-        mlp = [Op(size, True, extra=wide, weights=2 * channels * hidden, scratch=2 * wide)]
+        wide = tokens * hidden * low  # backward needs GELU's output and the gradient of its input too: both, before it
+        both = 2 * wide - size  # has that of x; one after the other where a map is large
+        scratch = wide if tokens // images * hidden >= LARGE else both
+        mlp = [Op(size, True, extra=wide, weights=2 * channels * hidden, scratch=scratch)]
     chains = [Chain([*ops, post_norm], residual=True), Chain([*mlp, post_norm], residual=True)]
     return chains if isinstance(block.enorm, nn.Identity) else [*chains, Chain(_norm(tokens, channels, low))]
 

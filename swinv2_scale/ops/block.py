@@ -22,7 +22,6 @@ from swinv2_scale.ops import native
 EPS = 1e-5  # of the norm
 LARGE = 2**25  # elements of an image's hidden map; from there on one more pass pays for having two of them, not three
 PART = 2**12  # tokens
-TILES = "cpu" not in native.missing and torch.ops.swinv2_scale.has_weight_gradient()
 BF16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()  # products of oneDNN
 
 
@@ -119,10 +118,11 @@ def _parameter_gradients(
 
 def _takes_tiles(grad: Tensor, x: Tensor) -> bool:
     """Whether the native product is there, and faster than PyTorch's: maps are long and narrow."""
-    if not TILES or grad.device.type != "cpu" or grad.dtype != torch.bfloat16:
+    if grad.device.type != "cpu" or grad.dtype != torch.bfloat16 or "cpu" in native.missing:
         return False
     tokens, narrow = len(x), min(x.shape[1], grad.shape[1])
-    return x.shape[1] % 32 == 0 and grad.shape[1] % 32 == 0 and tokens >= 4 * narrow
+    fits = x.shape[1] % 32 == 0 and grad.shape[1] % 32 == 0 and tokens >= 4 * narrow
+    return fits and torch.ops.swinv2_scale.has_weight_gradient()
 
 
 class _Linear(torch.autograd.Function):

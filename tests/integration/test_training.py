@@ -196,7 +196,7 @@ def test_a_kernel_that_fails_its_self_check_is_refused(launch: Launch, shards: P
     settings = [*classification(shards), "micro_batch=4"]
     refused = launch("x", *settings, ranks=2)
     assert refused.returncode != 0
-    message = "rank 0: the cpu attention kernel fails its self-check at window 7x9"
+    message = "rank 0: the cpu kernels of a block fail their self-check at 3 x 5 x 7 x 96"
     assert message in refused.output, refused.output[-3000:]
     monkeypatch.setenv(native.FORCE, native.OFF)
     trained = launch("x", *settings, ranks=2)

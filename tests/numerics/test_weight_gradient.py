@@ -82,7 +82,7 @@ def test_layers_take_it_for_long_narrow_maps(tokens: int, taken: bool, monkeypat
     monkeypatch.setattr(block, "_takes_tiles", lambda *maps: calls.append(taken_by_layers(*maps)) or calls[-1])
     found = gradients(block.linear, 3) + gradients(block.mlp, 5)
     assert calls == [taken] * 3
-    monkeypatch.setattr(block, "TILES", False)
+    monkeypatch.setattr(block, "_takes_tiles", lambda *maps: False)
     for own, usual in zip(found, gradients(block.linear, 3) + gradients(block.mlp, 5), strict=True):
         assert own.dtype == usual.dtype and own.shape == usual.shape
         assert (own.float() - usual.float()).norm() <= 5e-3 * usual.float().norm()
