@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from swinv2_scale import config
+from swinv2_scale import config, planner
 from swinv2_scale.engine import cast
 from swinv2_scale.models import memory
 from swinv2_scale.models.initial import initial_values
@@ -32,7 +32,10 @@ def measure(size: str, policy: str, image: int, window: int) -> None:
     """Print a row of the table."""
     windows = f"[8,{window},{window}]" if size.startswith("video") else window
     settings = [f"model={size}", f"memory={policy}", f"model.image_size={image}", f"model.window_size={windows}"]
-    cfg = config.compose("pretrain", [*settings, "task=classification", "name=x", "global_batch=1", "data.train=x"])
+    settings += ["task=classification", "name=x", "global_batch=1", "micro_batch=1", "data.train=x"]
+    # With the optimiser's states on disk, memory has what is here: weights and gradients in bf16, and activations.
+    cfg = config.compose("pretrain", [*settings, "parallel=zero3_disk"])
+    planned = planner.plan(cfg, ranks=1, device="cpu").backward_bytes / 2**30
     before = resident("VmRSS")
     with torch.device("meta"):
         model = config.instantiate(cfg.model)
@@ -56,7 +59,7 @@ def measure(size: str, policy: str, image: int, window: int) -> None:
     parameters = sum(math.prod(parameter.shape) for parameter in model.parameters())
     print(
         f"| {size.upper()}, {parameters / 1e6:,.1f} M | {image} / {windows} | {policy} "
-        f"| {forward:.0f} s | {backward:.0f} s | {resident('VmHWM'):.1f} GiB ({before:.1f} before the model) "
+        f"| {forward:.0f} s | {backward:.0f} s | {resident('VmHWM'):.1f} GiB ({before:.1f} before the model) | {planned:.1f} GiB "
         f"| {loss.item():.4f} | {len(gradients) - len(wrong)} of {len(gradients)} finite, {len(zero)} zero |",
         flush=True,
     )
@@ -74,8 +77,8 @@ def main() -> None:
     if arguments.one:
         measure(arguments.model, arguments.memory, *sizes[0])
         return
-    print("| model | image / window | memory | forward | backward | peak | loss | gradients |")
-    print("|---|---|---|---|---|---|---|---|", flush=True)
+    print("| model | image / window | memory | forward | backward | peak | planned above that | loss | gradients |")
+    print("|---|---|---|---|---|---|---|---|---|", flush=True)
     for image, window in sizes:
         command = [sys.executable, __file__, "--one", "--model", arguments.model, "--memory", arguments.memory]
         subprocess.run([*command, "--sizes", f"{image}/{window}"], check=True)
