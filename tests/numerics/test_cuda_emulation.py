@@ -150,6 +150,7 @@ LARGE = [
     ((64, 64), (64, 64), False, 1, 1, 32, -100.0),
     ((8, 16, 16), (8, 16, 16), True, 1, 1, 32, -100.0),
     ((9, 17, 16), (8, 16, 16), True, 1, 1, 32, -math.inf),
+    ((8, 24, 24), (8, 24, 24), True, 1, 1, 32, -100.0),
 ]
 SHIFTS = [  # grid, window, shift; the last ones cross the borders of tiles
     *(((4, 5, 7), (3, 2, 4), shift) for shift in AXES),
