@@ -59,7 +59,6 @@ Problem problem_of(const Tensor& qkv, const Tensor& logit_scale, const Tensor& b
   STD_TORCH_CHECK(bias_table.dim() == axes + 1 && bias_table.size(0) == p.heads && logit_scale.dim() == 1 &&
                       logit_scale.size(0) == p.heads,
                   "cosine_window_attention: logit_scale and bias_table must have one entry per head");
-  int64_t tokens = 1;
   for (int64_t i = 0; i < axes; ++i) {
     const int64_t axis = AXES - axes + i, size = qkv.size(1 + i), w = window[i], s = shift[i];
     STD_TORCH_CHECK(w >= 1 && w <= MAX_WINDOW && s >= 0 && s < w,
@@ -67,9 +66,7 @@ Problem problem_of(const Tensor& qkv, const Tensor& logit_scale, const Tensor& b
     STD_TORCH_CHECK(size < (int64_t(1) << 30), "cosine_window_attention: grid too large");
     STD_TORCH_CHECK(bias_table.size(1 + i) == 2 * w - 1, "cosine_window_attention: bias_table must have 2·window - 1 per axis");
     p.grid[axis] = int(size), p.window[axis] = int(w), p.shift[axis] = int(s);
-    tokens *= w;
   }
-  STD_TORCH_CHECK(tokens <= 4096, "cosine_window_attention: a window may have at most 4096 tokens, got ", tokens);
   check_rows(qkv, "qkv", qkv);
   check(logit_scale, "logit_scale", ScalarType::Float, qkv);
   check(bias_table, "bias_table", ScalarType::Float, qkv);

@@ -277,7 +277,7 @@ def _block(
     bias_kept = offsets * EXACT * (len(window) + BIAS_HIDDEN + heads)
     bias_scratch = offsets * EXACT * (2 * BIAS_HIDDEN + heads)
     table = offsets * heads * EXACT
-    if attention not in ("reference", "sequential") and _has_kernel(device, channels // heads, window):
+    if attention not in ("reference", "sequential") and _has_kernel(channels // heads, window):
         lse = tokens * heads * EXACT
         scratch = _kernel_scratch(device, images * math.prod(padded_grid(grid, window)), tokens, heads, window)
         ops = [Op(size, True, True, bias_kept + table + lse, scratch=max(scratch + table, bias_scratch))]
@@ -329,10 +329,9 @@ def _attend(size: float, window: Sequence[int], windows: int, heads: int, low: i
     return Op(size, True, extra=index, scratch=max(scratch, 6 * size if chunk < logits else 0.0))
 
 
-def _has_kernel(device: str, width: int, window: Sequence[int]) -> bool:
-    """Whether a device's kernel takes such windows and heads, where it is built."""
-    fits = device == "cpu" or math.prod(window) <= native.MAX_CUDA_TOKENS
-    return width in native.WIDTHS and max(window) <= native.MAX_WINDOW and fits
+def _has_kernel(width: int, window: Sequence[int]) -> bool:
+    """Whether the kernels take such windows and heads, where they are built."""
+    return width in native.WIDTHS and max(window) <= native.MAX_WINDOW
 
 
 def _kernel_scratch(device: str, padded: int, tokens: int, heads: int, window: Sequence[int]) -> float:

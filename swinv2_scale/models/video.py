@@ -12,8 +12,7 @@ columns X. A clip is (B, in_channels, T, Y, X), a feature map (B, T/t, Y/s, X/s,
     head      of the mean over all tokens of a clip
 
 The paper trains at 8×256×256 with windows of 8×16×16, then at 8×320×320 with 8×20×20, and also tests at 8×384×384 with
-8×24×24; weights go from one to the next as those of images do, by the units of their position bias. A window of 8×24×24
-has 4,608 tokens, more than the CUDA kernel takes: there the reference works, or, in little memory, "sequential".
+8×24×24; weights go from one to the next as those of images do, by the units of their position bias.
 """
 
 import re

@@ -1,6 +1,6 @@
 """A training that is killed, signalled, frozen, damaged and starved of disk at random moments, and what comes of it.
 
-    python tests/integration/chaos.py --rounds 50 --seed 0 [--world 2] [--task detection]
+    python tests/integration/chaos.py --rounds 50 --seed 0 [--world 2] [--task detection|video]
 
 Each round is a run of its own through DeepSpeed's launcher. It suffers one to three blows, each followed by the same
 command again, and must end as the undisturbed run did: every loss and every weight to the last bit, every step in the
@@ -22,15 +22,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import test_detecting
+import test_video_run
 import torch
 from real_runs import Run, kill_all, run
-from test_detecting import SETTINGS, packed
 
 from swinv2_scale.data.pack import pack
 from swinv2_scale.signals import EXIT_CODE
 
 STEPS, EVERY = 40, 4
-TASKS = ("simmim", "detection")
+TASKS = ("simmim", "detection", "video")
 BOUND = 150  # seconds that an attempt may take; a frozen rank is noticed after 6, and its launcher waits 30 more
 SIZE = 200_000_000  # bytes of the disk that is filled
 
@@ -175,8 +176,12 @@ def _of_task(task: str, root: Path, world: int) -> tuple[str, list[str]]:
     if task == "simmim":
         pack("photographs/train", root / "photographs", format="demo", shard_size=30, seed=0)
         return "pretrain", [f"data.train={root}/photographs", "global_batch=20", f"micro_batch={20 // world}"]
-    shards = packed(root, "train", 40)
-    return "finetune", [f"data.train={shards}", *SETTINGS, f"global_batch={2 * world}", "micro_batch=2"]
+    if task == "detection":
+        data = [f"data.train={test_detecting.packed(root, 'train', 40)}", *test_detecting.SETTINGS]
+    else:
+        shards = test_video_run.packed(root, "training", 40)
+        data = [f"data.train={shards}", "data.validation=null", *test_video_run.SETTINGS]
+    return "finetune", [*data, f"global_batch={2 * world}", "micro_batch=2"]
 
 
 def _fill(disk: Path) -> None:

@@ -12,34 +12,34 @@ from swinv2_scale.data.motions import write_tree
 from swinv2_scale.data.pack import pack
 
 STEPS = 12
+SETTINGS = [
+    "experiment=demo_video",
+    "model.depths=[1,1]",
+    "model.num_heads=[1,2]",
+    "model.window_size=[4,4,4]",
+    "model.drop_path_rate=0.2",
+    "task.train_transform.randaugment_ops=2",
+    "task.train_transform.erase_probability=0.5",
+    "task.train_collate.mixup_alpha=0.8",
+    "task.train_collate.cutmix_alpha=1.0",
+    "evaluation_batch=3",
+    "evaluate_every=0",
+    "precision=fp32",
+]
+
+
+def packed(root: Path, split: str, number: int) -> Path:
+    """Shards of that many motions."""
+    write_tree(root, {split: number})
+    pack(str(root / f"{split}.csv"), root / split / "shards", format="kinetics", shard_size=10, seed=0, jobs=1)
+    return root / split / "shards"
 
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     root = tmp_path_factory.mktemp("motions")
-    write_tree(root, {"training": 40, "validation": 16})
-    for split in ("training", "validation"):
-        pack(str(root / f"{split}.csv"), root / split / "shards", format="kinetics", shard_size=10, seed=0, jobs=1)
-    return [
-        "experiment=demo_video",
-        f"data.train={root}/training/shards",
-        f"data.validation={root}/validation/shards",
-        "model.depths=[1,1]",
-        "model.num_heads=[1,2]",
-        "model.window_size=[4,4,4]",
-        "model.drop_path_rate=0.2",
-        "task.train_transform.randaugment_ops=2",
-        "task.train_transform.erase_probability=0.5",
-        "task.train_collate.mixup_alpha=0.8",
-        "task.train_collate.cutmix_alpha=1.0",
-        f"steps={STEPS}",
-        "global_batch=8",
-        "micro_batch=4",
-        "evaluation_batch=3",
-        "evaluate_every=0",
-        "checkpoint_every=4",
-        "precision=fp32",
-    ]
+    data = [f"data.train={packed(root, 'training', 40)}", f"data.validation={packed(root, 'validation', 16)}"]
+    return [*data, *SETTINGS, f"steps={STEPS}", "global_batch=8", "micro_batch=4", "checkpoint_every=4"]
 
 
 def start(directory: Path, settings: list[str], at: int | None = None) -> Run:

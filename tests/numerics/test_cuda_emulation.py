@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_operator import draw, half, naive, run
+from test_operator import AXES, draw, half, naive, run
 from torch import Tensor
 
 from swinv2_scale.ops import cosine_window_attention
@@ -150,6 +150,11 @@ LARGE = [
     ((64, 64), (64, 64), False, 1, 1, 32, -100.0),
     ((8, 16, 16), (8, 16, 16), True, 1, 1, 32, -100.0),
     ((9, 17, 16), (8, 16, 16), True, 1, 1, 32, -math.inf),
+    ((8, 24, 24), (8, 24, 24), True, 1, 1, 32, -100.0),
+]
+SHIFTS = [  # grid, window, shift; the last ones cross the borders of tiles
+    *(((4, 5, 7), (3, 2, 4), shift) for shift in AXES),
+    *(((4, 7, 8), (3, 5, 6), shift) for shift in [(0, 2, 3), (1, 0, 0)]),
 ]
 
 
@@ -162,6 +167,14 @@ def check_case(emulation, dtype, grid, window, shifted, batch, heads, width, mas
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_error_budget(emulation, case, dtype) -> None:
     check_case(emulation, dtype, *case)
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize(("grid", "window", "shift"), SHIFTS, ids=str)
+def test_axes_of_a_clip_are_shifted_apart(emulation, grid, window, shift, dtype) -> None:
+    tensors, weight = inputs_of(grid, window, dtype, heads=2)
+    for mask_value in (-100.0, -math.inf):
+        assert_within_budget(emulation, tensors, weight, window=window, shift=shift, mask_value=mask_value)
 
 
 @pytest.mark.long

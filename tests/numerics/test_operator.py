@@ -109,7 +109,8 @@ def test_values_and_gradients(grid, window, shifted, mask_value, monkeypatch: py
         assert relative_error(ours, theirs) < 2e-5 or (ours - theirs).abs().max() < 1e-5
 
 
-AXES = [(0, 0, 2), (0, 1, 0), (2, 0, 0), (1, 1, 3), (2, 0, 1)]  # shifts of windows of 3 x 2 x 4 on a grid of 4 x 5 x 7
+# Shifts of windows of 3 x 2 x 4 on a grid of 4 x 5 x 7: of one axis, of rows and columns of a clip, of all, of two.
+AXES = [(0, 0, 2), (0, 1, 0), (2, 0, 0), (0, 1, 2), (1, 1, 3), (2, 0, 1)]
 
 
 @pytest.mark.parametrize("mask_value", [-100.0, -math.inf])

@@ -4,6 +4,7 @@ import json
 import re
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from swinv2_scale.models.position_bias import PositionBias
 from swinv2_scale.models.simmim import SimMIM
 from swinv2_scale.models.swin_v2 import SwinTransformerV2, stage_grid
 from swinv2_scale.models.video import inflate
+from swinv2_scale.ops import native
 
 EXACT = {"rtol": 0.0, "atol": 1e-9}
 SMALL = {"depths": [2, 2], "num_heads": [2, 4], "image_size": (32, 24)}
@@ -266,6 +268,19 @@ def test_sizes_of_the_paper() -> None:
     assert first.head.out_features == 400
     shapes = [[parameter.shape for parameter in model.parameters()] for model in (first, *models)]
     assert all(one == other for one, other in pairwise(shapes))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("window", [window for _, window in PAPER], ids=str)
+def test_kernels_take_the_windows_of_the_paper(window, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those of 8x24x24, which are 4,608 tokens."""
+    monkeypatch.setattr(native, "missing", {})
+    low, exact = (
+        SimpleNamespace(device=torch.device(device), dtype=dtype, shape=(1, *window, 3, 4, 32))
+        for dtype in (torch.bfloat16, torch.float32)
+    )
+    assert native.unfit(device, low, exact, exact, window) is None
+    assert "exceeds 64 tokens per axis" in str(native.unfit(device, low, exact, exact, (1, 1, 65)))
 
 
 @pytest.mark.parametrize(

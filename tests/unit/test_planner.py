@@ -53,6 +53,16 @@ def test_a_plan_of_clips(capsys: pytest.CaptureFixture[str]) -> None:
     assert "4 frames of 64 x 64 pixels" in capsys.readouterr().out
 
 
+def test_the_largest_clip_of_the_paper_fits() -> None:
+    """By the kernel: the logits of windows of 8x24x24 alone would take more than a GPU has."""
+    settings = ["experiment=g_kinetics_320", "model.image_size=384", "model.window_size=[8,24,24]", "gpu=A100-40"]
+    one = plan_report.planned([*settings, "nodes=4"])
+    assert one.plan.peak_bytes <= planner.capacity(one.cluster)
+    one.cfg.memory.attention = "reference"
+    without = planner.plan(one.cfg, ranks=one.ranks, model=one.model)
+    assert without.peak_bytes > planner.capacity(one.cluster)
+
+
 def test_bars_add_up_to_the_peak() -> None:
     for settings in ([], ["micro_batch=32"], ["parallel=zero3"], ["parallel=zero0", "precision=fp32"]):
         plan = planned(*settings).plan
