@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 
 from swinv2_scale import config, planner
-from swinv2_scale.engine import cast
 from swinv2_scale.models import memory
 from swinv2_scale.models.initial import initial_values
+from swinv2_scale.parallel import cast
 
 
 def resident(name: str) -> float:

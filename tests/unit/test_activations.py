@@ -9,11 +9,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import swinv2_scale
 from swinv2_scale import config
-from swinv2_scale.engine import cast
 from swinv2_scale.models import memory
 from swinv2_scale.models.activations import activations
 from swinv2_scale.models.simmim import SimMIM
 from swinv2_scale.ops import native
+from swinv2_scale.parallel import cast
 
 pytestmark = pytest.mark.skipif("cpu" in native.missing, reason="plans are of the kernel")
 KEEP: dict[str, Any] = config.memory_policies()["none"]
