@@ -12,8 +12,7 @@ from swinv2_scale import config, plan_report, planner, telemetry
 from swinv2_scale.cli import main
 
 FILES = sorted((config.CONF / "experiment").glob("*.yaml"))
-WITHOUT_PLAN = ("task: segmentation", "task: detection")
-EXPERIMENTS = [path.stem for path in FILES if not any(task in path.read_text() for task in WITHOUT_PLAN)]
+EXPERIMENTS = [path.stem for path in FILES]
 SMALL = ["model=debug", "nodes=1", "gpus=2", "micro_batch=4", "global_batch=64"]
 
 
@@ -51,6 +50,27 @@ def test_a_plan_of_clips(capsys: pytest.CaptureFixture[str]) -> None:
     assert clips.flops_per_step == pytest.approx(4 * images.flops_per_step, rel=0.1)
     assert main(["plan", *SMALL, *settings]) == 0
     assert "4 frames of 64 x 64 pixels" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("task", ["segmentation", "detection"])
+def test_a_plan_of_heads(task: str, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = ["finetune", f"task={task}", "model.num_classes=10", "data.validation=b", "task.channels=32"]
+    settings[-1:] = ["task.detector.channels=32"] if task == "detection" else settings[-1:]
+    classifier = planned("finetune", "model.num_classes=10", "data.validation=b").plan
+    small, large = (planned(*settings, f"model.image_size={size}").plan for size in (64, 128))
+    assert small.parameters > classifier.parameters and small.flops_per_step > classifier.flops_per_step
+    assert large.activations_bytes > 2 * small.activations_bytes
+    assert large.batch_bytes == pytest.approx(4 * small.batch_bytes)
+    assert main(["plan", *SMALL, *settings, "--search", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["search"][0]["memory"] == "none"
+    assert sum(facts["activations_by_part"].values()) == facts["activations_bytes"]
+
+
+def test_a_model_that_nobody_knows() -> None:
+    one = planned()
+    with pytest.raises(ValueError, match="a Linear cannot be planned: SimMIM, classifiers, UPerNet and detectors can"):
+        planner.plan(one.cfg, ranks=2, model=torch.nn.Linear(1, 1))
 
 
 def test_bars_add_up_to_the_peak() -> None:
