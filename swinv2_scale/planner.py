@@ -139,7 +139,7 @@ def plan(
     device       "cuda" or "cpu": whose attention kernel works, and whether offloaded tensors leave it
     micro_batch, memory   instead of cfg's; the global batch stays
     model        what `build` gives, if it is there already
-    Raises ValueError for a global batch that micro-batch and ranks do not divide, and for models of other tasks.
+    Raises ValueError for a global batch that micro-batch and ranks do not divide, and for a model of another kind.
     """
     model = build(cfg) if model is None else model
     size = image_size(model)

@@ -134,8 +134,8 @@ def activations(
     walk = _Walk(found.total, gradient=low, lasting=lasting_gradient)
     if isinstance(model, UPerNet | CascadeRCNN):
         grids = [stage_grid(_embedded(model.encoder, size), stage) for stage in range(len(model.encoder.widths))]
-        shapes = [(images, *grid, width) for grid, width in zip(grids, model.encoder.widths, strict=True)]
-        heads = dry_run.heads(model, shapes, size=size, lasting_gradient=lasting_gradient)
+        shapes = tuple((images, *grid, width) for grid, width in zip(grids, model.encoder.widths, strict=True))
+        heads = dry_run.heads(model, shapes, size=tuple(size), lasting_gradient=lasting_gradient)
         walk = _Walk(found.total + heads.left, gradient=low, lasting=lasting_gradient)
         walk.peak = max(walk.peak, found.total + heads.peak)
         found.kept |= heads.kept

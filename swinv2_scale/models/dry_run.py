@@ -11,6 +11,7 @@ B images, R boxes, C channels.
 
 import weakref
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -52,7 +53,7 @@ class Live(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.live = self.peak = self.flops = 0.0
+        self.live = self.peak = self.left = self.flops = 0.0
         self.grown: dict[str, float] = {}
         self._marked = 0.0
         self._sizes: dict[int, int] = {}
@@ -95,8 +96,9 @@ class _Maps(torch.autograd.Function):
         return gradients[0].new_zeros(()), None, None, None
 
 
+@lru_cache(maxsize=64)  # memory policies do not change it
 def heads(
-    model: UPerNet | CascadeRCNN, shapes: Sequence[Sequence[int]], *, size: Sequence[int], lasting_gradient: float
+    model: UPerNet | CascadeRCNN, shapes: tuple[tuple[int, ...], ...], *, size: tuple[int, ...], lasting_gradient: float
 ) -> Heads:
     """Of a model on the meta device, in the types that it trains in.
 
