@@ -58,7 +58,7 @@ def test_a_plan_of_heads(task: str, capsys: pytest.CaptureFixture[str]) -> None:
     settings[-1:] = ["task.detector.channels=32"] if task == "detection" else settings[-1:]
     classifier = planned("finetune", "model.num_classes=10", "data.validation=b").plan
     small, large = (planned(*settings, f"model.image_size={size}").plan for size in (64, 128))
-    assert small.parameters > classifier.parameters and small.flops_per_step > classifier.flops_per_step
+    assert large.parameters > classifier.parameters and large.flops_per_step > classifier.flops_per_step
     assert large.activations_bytes > small.activations_bytes
     assert large.batch_bytes == pytest.approx(4 * small.batch_bytes)
     assert main(["plan", *SMALL, *settings, "global_batch=8", "--search", "--json"]) == 0
