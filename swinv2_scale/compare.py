@@ -62,7 +62,8 @@ def _curves(records: Sequence[report.Record], names: Sequence[str]) -> str:
 
 def _results(records: Sequence[report.Record], names: Sequence[str]) -> str:
     """The last value of every held-out metric."""
-    last = [{label: value for label, _, value, _ in report.held_out_rows(record)} for record in records]
+    rows_of = [report.held_out_rows(one) + report.held_out_rows(one, details=True) for one in records]
+    last = [{label: value for label, _, value, _ in rows} for rows in rows_of]
     labels = dict.fromkeys(label for found in last for label in found)
     rows = [(label, *(found.get(label, "") for found in last)) for label in labels]
     rows.append(("steps", *(f"{record.steps()[1]:,}" for record in records)))

@@ -123,8 +123,9 @@ def sum_tensor(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def mean_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
-    """The mean of a tensor on this rank's device over all ranks, in its place; no collective where there is one."""
-    return tensor if world_size() == 1 else sum_tensor(tensor).div_(world_size())
+    """The mean of a tensor on this rank's device over all ranks, in its place. No collective where there is one, and
+    none on the meta device."""
+    return tensor if world_size() == 1 or tensor.is_meta else sum_tensor(tensor).div_(world_size())
 
 
 def max_over_ranks(values: dict[str, float]) -> dict[str, float]:

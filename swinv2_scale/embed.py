@@ -26,6 +26,7 @@ from swinv2_scale.data.stream import Batch, evaluation_stream
 from swinv2_scale.data.transforms import EvaluationTransform, Sample, collate
 from swinv2_scale.export import Loaded, require
 from swinv2_scale.models.swin_v2 import SwinTransformerV2
+from swinv2_scale.parallel import cast
 
 log = logging.getLogger(__name__)
 
@@ -85,8 +86,6 @@ def embed(
     size = _square(loaded.metadata["model"]["image_size"]) if image_size is None else image_size
     model = loaded.model.to(distributed.device())
     if precision == "bf16":
-        from swinv2_scale.engine import cast  # imports DeepSpeed
-
         cast(model, precision)
     compute = Embed(model, layer)
     stream = evaluation_stream(

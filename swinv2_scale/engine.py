@@ -1,15 +1,14 @@
 """The training engine: DeepSpeed, configured in one pure function. With zero.py the only module that imports deepspeed.
 
-Precision. In bf16 and fp16 the large weights have 16 bits and everything that must stay exact (FLOAT32) is float32;
-ZeRO keeps float32 master weights and accumulates float32 gradients for both. The cast is ours, so DeepSpeed is told of
-float32: its own bf16 mode would cast logit_scale and the position bias too, which turns a scale of 100 into 98.4 or
-101.6. The loss scale of fp16 is ours for the same reason.
+Precision. In bf16 and fp16 the large weights have 16 bits and everything that must stay exact (parallel.FLOAT32) is
+float32; ZeRO keeps float32 master weights and accumulates float32 gradients for both. The cast is ours, so DeepSpeed is
+told of float32: its own bf16 mode would cast logit_scale and the position bias too, which turns a scale of 100 into
+98.4 or 101.6. The loss scale of fp16 is ours for the same reason.
 """
 
 import ctypes
 import importlib
 import os
-import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -23,7 +22,7 @@ from swinv2_scale import distributed
 from swinv2_scale.mapped import MappedFile
 from swinv2_scale.models.initial import Unfilled
 from swinv2_scale.optim import Lamb, LossScale
-from swinv2_scale.parallel import PRECISIONS
+from swinv2_scale.parallel import PRECISIONS, cast
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed probes for accelerators, with warnings
@@ -36,9 +35,6 @@ from swinv2_scale.zero import flat_gradients, on_disk
 
 # DeepSpeed calls collectives that torch has since renamed, and torch says so from every rank.
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
-
-# Parameters that stay float32 whatever the precision: scales, the position bias network, norms.
-FLOAT32 = re.compile(r"(^|\.)(logit_scale|cpb_mlp\.\d+\.\w+|\w*norm\d?\.\w+)$")
 
 
 NAMES = ("adamw", "sgd", "lamb")
@@ -103,14 +99,6 @@ def _apex_fused_adam() -> Any:
             f"the package apex is not here, not NVIDIA's, or without its CUDA extensions ({error}); `swinv2-scale "
             "doctor` tells which. Build https://github.com/NVIDIA/apex with them"
         )
-
-
-def cast(model: nn.Module, precision: str) -> None:
-    """Give each parameter its training type, in place."""
-    if precision != "fp32":
-        for name, parameter in model.named_parameters():
-            if not FLOAT32.search(name):
-                parameter.data = parameter.data.to(PRECISIONS[precision])
 
 
 class Step(NamedTuple):

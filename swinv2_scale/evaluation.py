@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from swinv2_scale import config, distributed
-from swinv2_scale.engine import cast
 from swinv2_scale.models.convert import describe, load_checkpoint
+from swinv2_scale.parallel import cast
 from swinv2_scale.run import open_held_out, print_on_rank_0, start_weights
 from swinv2_scale.train import Task, evaluate
 

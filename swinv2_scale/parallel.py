@@ -1,13 +1,25 @@
-"""What DeepSpeed is told, as one pure function of the configuration."""
+"""What DeepSpeed is told, as one pure function of the configuration; and the types that parameters train in."""
 
+import re
 from typing import Any
 
 import torch
+from torch import nn
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Parameters that stay float32 whatever the precision: scales, the position bias network, norms.
+FLOAT32 = re.compile(r"(^|\.)(logit_scale|cpb_mlp\.\d+\.\w+|\w*norm\d?\.\w+)$")
 OFFLOADS = (None, "host", "nvme", "disk")
 # Of offload=nvme; blocks in bytes.
 AIO = {"block_size": 2**20, "queue_depth": 8, "thread_count": 1, "single_submit": False, "overlap_events": True}
+
+
+def cast(model: nn.Module, precision: str) -> None:
+    """Give each parameter its training type, in place."""
+    if precision != "fp32":
+        for name, parameter in model.named_parameters():
+            if not FLOAT32.search(name):
+                parameter.data = parameter.data.to(PRECISIONS[precision])
 
 
 def batch_arithmetic(global_batch: int, micro_batch: int, world_size: int) -> int:

@@ -7,7 +7,7 @@ Pure: the model is built on the meta device, and nothing is allocated or measure
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,10 +16,14 @@ from torch import nn
 
 from swinv2_scale import config
 from swinv2_scale.models.accounting import block_flops, forward_flops
-from swinv2_scale.models.activations import activations
+from swinv2_scale.models.activations import activations, backbone_of
+from swinv2_scale.models.detection.cascade import CascadeRCNN
+from swinv2_scale.models.detection.views import DIVISOR
+from swinv2_scale.models.dry_run import most_objects
 from swinv2_scale.models.simmim import SimMIM
-from swinv2_scale.models.swin_v2 import SwinTransformerV2, stage_grid
-from swinv2_scale.parallel import batch_arithmetic
+from swinv2_scale.models.swin_v2 import stage_grid
+from swinv2_scale.models.upernet import UPerNet
+from swinv2_scale.parallel import batch_arithmetic, cast
 
 GIB = 2**30
 
@@ -114,9 +118,11 @@ class Plan:
 
 
 def build(cfg: Any) -> nn.Module:
-    """The model of a configuration, on the meta device: shapes without numbers."""
+    """The model of a configuration, on the meta device, in its training types: shapes without numbers."""
     with torch.device("meta"):
-        return config.instantiate(cfg.task).build(cfg.model)
+        model = config.instantiate(cfg.task).build(cfg.model)
+    cast(model, cfg.precision)
+    return model
 
 
 def plan(
@@ -133,12 +139,10 @@ def plan(
     device       "cuda" or "cpu": whose attention kernel works, and whether offloaded tensors leave it
     micro_batch, memory   instead of cfg's; the global batch stays
     model        what `build` gives, if it is there already
-    Raises ValueError for a global batch that micro-batch and ranks do not divide, and for models of other tasks.
+    Raises ValueError for a global batch that micro-batch and ranks do not divide, and for a model of another kind.
     """
     model = build(cfg) if model is None else model
-    backbone = model.encoder if isinstance(model, SimMIM) else model
-    if not isinstance(backbone, SwinTransformerV2):
-        raise ValueError(f"a {type(model).__name__} cannot be planned: only SimMIM and classification can")
+    size = image_size(model)
     policy = config.plain(cfg.memory) if memory is None else memory
     images = cfg.micro_batch if micro_batch is None else micro_batch
     accumulation = batch_arithmetic(cfg.global_batch, images, ranks)
@@ -160,7 +164,7 @@ def plan(
     found = activations(
         model,
         images=images,
-        size=backbone.input_size,
+        size=size,
         precision=cfg.precision,
         device=device,
         memory=policy,
@@ -168,22 +172,21 @@ def plan(
     )
     buckets = _bucket_bytes(cfg, parameters)
     gathered = _gathered_bytes(cfg, parameters) if stage == 3 else 0.0
-    batch = images * math.prod(backbone.input_size) * backbone.patch_embed.proj.in_channels * 4.0
-    if not isinstance(model, SimMIM) and isinstance(backbone.head, nn.Linear):
-        batch += images * backbone.head.out_features * 4.0
+    batch = images * _sample_bytes(model, size)
     copied = states["weights"] * (stage in (1, 2) and device == "cpu" and ranks > 1)  # by gloo, which gathers them
     static = states["weights"] + states["optimizer"] + batch
     waiting = 0.0 if lasting else states["gradients"]
     if stage == 1 and accumulation == 1 and cfg.parallel.overlap_comm and device != "cpu":
         waiting /= ranks  # those of other ranks go as they are reduced
-    flops = _flops(backbone, policy)
+    flops = _flops(model, size, policy)
+    of_heads = found.heads_flops / images
     return Plan(
         parameters=parameters,
         ranks=ranks,
         micro_batch=images,
         accumulation=accumulation,
         global_batch=cfg.global_batch,
-        image_size=tuple(backbone.input_size),
+        image_size=tuple(size),
         precision=cfg.precision,
         zero_stage=stage,
         policy=policy,
@@ -199,7 +202,7 @@ def plan(
         host_states_bytes=states["host"],
         backward_bytes=static + waiting + found.peak + buckets + gathered,
         step_bytes=static + states["gradients"] + states["step"] + 2 * buckets + copied,
-        flops_per_step=cfg.global_batch * (3 * flops["all"] + flops["again"]),
+        flops_per_step=cfg.global_batch * (3 * flops["all"] + flops["again"] + of_heads),
         attention_flops=cfg.global_batch * (3 * flops["attention"] + flops["attention again"]),
         recomputed_flops=cfg.global_batch * flops["again"],
     )
@@ -221,10 +224,36 @@ def _gathered_bytes(cfg: Any, parameters: int) -> float:
     return min(parameters, most) * (4.0 if cfg.precision == "fp32" else 2.0)
 
 
-def _flops(backbone: SwinTransformerV2, policy: dict[str, Any]) -> dict[str, float]:
-    """Of one image: all of a forward pass, its attention, and what backward runs again."""
-    parts = forward_flops(backbone, *backbone.input_size)
+def image_size(model: nn.Module) -> list[int]:
+    """Of the largest samples, as the model is given them: a detector's are padded."""
+    size = backbone_of(model).input_size
+    return [math.ceil(side / DIVISOR) * DIVISOR for side in size] if isinstance(model, CascadeRCNN) else size
+
+
+def _sample_bytes(model: nn.Module, size: Sequence[int]) -> float:
+    """Of an image in float32, and of its target."""
+    backbone, pixels = backbone_of(model), math.prod(size)
+    found = pixels * backbone.patch_embed.proj.in_channels * 4.0
+    if isinstance(model, CascadeRCNN):
+        masks = most_objects(model) if model.decoder.mask_heads else 0
+        found += pixels * (masks + 8 * (model.decoder.semantic_head is not None))
+    elif isinstance(model, UPerNet):
+        found += pixels
+    elif not isinstance(model, SimMIM) and isinstance(backbone.head, nn.Linear):
+        found += backbone.head.out_features * 4.0
+    return found
+
+
+def _flops(model: nn.Module, size: Sequence[int], policy: dict[str, Any]) -> dict[str, float]:
+    """Of one image, without heads that are run: all of a forward pass, its attention, and what backward runs again."""
+    backbone = backbone_of(model)
+    parts = forward_flops(backbone, *size)
     found = {"all": sum(parts.values()), "attention": parts["attention"], "again": 0.0, "attention again": 0.0}
+    if isinstance(model, CascadeRCNN) and model.decoder.attention is not None:
+        grid = [side // DIVISOR for side in size]
+        own = block_flops(model.decoder.attention, grid)
+        found["all"] += sum(own.values())
+        found["attention"] += own["attention"]
     recomputed = range(len(backbone.layers)) if policy["stages"] is None else policy["stages"]
     sequential = range(len(backbone.layers)) if policy["attention_stages"] is None else policy["attention_stages"]
     for stage, blocks in enumerate(backbone.blocks()):

@@ -28,6 +28,7 @@ from swinv2_scale.charts import Series, Span, chart, finite, map_of_blocks, numb
 _LISTED = 200  # unreadable samples named on the page
 _NOT_METRICS = {"step", "time", "epoch", "samples", "seconds", "model_teraflops"}
 SHARE = re.compile(r"top\d+|accuracy")  # held-out metrics in 0..1, shown in per cent
+_DETAIL = re.compile(r"(box|mask)_(ap_|ar).*|images")  # of COCO's two dozen numbers those that only a table shows
 CHARTS = {  # key of a train line -> section, title with unit, factor to that unit
     "learning_rate": ("Optimisation", "Learning rate", 1),
     "gradient_norm": ("Optimisation", "Gradient norm", 1),
@@ -172,10 +173,15 @@ def label_of(key: str) -> str:
     return re.sub(r"^top(\d)", r"top-\1", key).replace("_", " ")
 
 
-def held_out_rows(record: Record) -> list[tuple[str, str, str, str]]:
-    """Of every held-out metric, shares first: label, first value ("" if there is but one), last value, change."""
+def held_out_rows(record: Record, *, details: bool = False) -> list[tuple[str, str, str, str]]:
+    """Of every held-out metric, shares and average precisions first, or of those that are details: label, first value
+    ("" if there is but one), last value, change."""
     rows = []
-    for key, series in sorted(record.held_out.items(), key=lambda item: not SHARE.fullmatch(item[0])):
+    for key, series in sorted(
+        record.held_out.items(), key=lambda item: not (SHARE.fullmatch(item[0]) or item[0].endswith("_ap"))
+    ):
+        if bool(_DETAIL.fullmatch(key)) != details:
+            continue
         first, last, change = series[min(series)], series[max(series)], ""
         show = _percent if SHARE.fullmatch(key) else number
         if show is _percent:
@@ -209,7 +215,7 @@ def _curves(record: Record) -> str:
         if SHARE.fullmatch(key):
             css = f"{'bcd'[len(shares) % 3]} dots"
             shares.append((label_of(key), css, {step: 100 * value for step, value in series.items()}))
-        else:
+        elif not _DETAIL.fullmatch(key):
             sections["Held-out"].append(draw(f"Held-out {label_of(key)}", [("", "b dots", series)]))
     sections["Held-out"].insert(0, draw("Held-out accuracy (%)", shares))
     other = [key for key in record.train if key not in {"loss", *CHARTS, *_NO_CHART}]
@@ -317,8 +323,10 @@ def table(title: str, rows: Iterable[tuple[Any, ...]], head: tuple[str, ...] = (
 
 
 def _details(record: Record) -> str:
-    """Unreadable samples, attempts, data, versions, configuration."""
-    html, start = "", record.starts[-1] if record.starts else {}
+    """Further held-out values, unreadable samples, attempts, data, versions, configuration."""
+    start = record.starts[-1] if record.starts else {}
+    further = table("Further held-out values", held_out_rows(record, details=True), ("", "first", "last", "change"))
+    html = f'<div class="tables">{further}</div>' if further else ""
     if record.corrupt:
         times = [f"{sample} ({count} times)" if count > 1 else sample for sample, count in record.corrupt.items()]
         items = times[:_LISTED] + [f"and {len(times) - _LISTED:,} more in metrics.jsonl"] * (len(times) > _LISTED)

@@ -21,9 +21,8 @@ import torch
 from training_step import memory, stop_above
 
 import swinv2_scale
-from swinv2_scale.engine import cast
 from swinv2_scale.models.memory import apply
-from swinv2_scale.parallel import PRECISIONS
+from swinv2_scale.parallel import PRECISIONS, cast
 
 IMAGE, WINDOW = 1536, 48
 COMMON = {"activations": "keep", "stages": None, "every": 1, "attention_stages": None, "mlp_tokens": 0}

@@ -11,6 +11,7 @@ samples are as many as in training. A second step would need no more memory: sta
 import argparse
 import math
 import time
+from typing import Any
 
 import torch
 from giant import resident
@@ -21,20 +22,20 @@ from swinv2_scale import config, distributed
 OBJECTS, CLASSES = 20, 183  # classes of pixels, as in COCO-Stuff
 
 
-def batch_of(image: int) -> dict[str, object]:
+def batch_of(image: int, *, objects: int = OBJECTS) -> dict[str, Any]:
     """One image (1, 3, image, image), and what is on it."""
     random = torch.Generator().manual_seed(0)
-    corner = torch.rand(OBJECTS, 2, generator=random) * image * 0.6
-    boxes = torch.cat([corner, corner + image * (0.05 + 0.3 * torch.rand(OBJECTS, 2, generator=random))], dim=1)
-    masks = torch.zeros(OBJECTS, image, image, dtype=torch.uint8)
+    corner = torch.rand(objects, 2, generator=random) * image * 0.6
+    boxes = torch.cat([corner, corner + image * (0.05 + 0.3 * torch.rand(objects, 2, generator=random))], dim=1)
+    masks = torch.zeros(objects, image, image, dtype=torch.uint8)
     for mask, (x1, y1, x2, y2) in zip(masks, boxes.long().tolist(), strict=True):
         mask[y1:y2, x1:x2] = 1
     target = {
         "boxes": boxes,
-        "labels": torch.arange(OBJECTS),
+        "labels": torch.arange(objects),
         "crowd": torch.zeros(0, 4),
         "masks": masks,
-        "has_mask": torch.ones(OBJECTS, dtype=torch.bool),
+        "has_mask": torch.ones(objects, dtype=torch.bool),
         "semantic": torch.randint(CLASSES, (image, image), generator=random),
     }
     return {

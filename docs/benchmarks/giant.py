@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 
 from swinv2_scale import config, planner
-from swinv2_scale.engine import cast
 from swinv2_scale.models import memory
 from swinv2_scale.models.initial import initial_values
+from swinv2_scale.parallel import cast
 
 
 def resident(name: str) -> float:
@@ -59,7 +59,8 @@ def measure(size: str, policy: str, image: int, window: int) -> None:
     parameters = sum(math.prod(parameter.shape) for parameter in model.parameters())
     print(
         f"| {size.upper()}, {parameters / 1e6:,.1f} M | {image} / {windows} | {policy} "
-        f"| {forward:.0f} s | {backward:.0f} s | {resident('VmHWM'):.1f} GiB ({before:.1f} before the model) | {planned:.1f} GiB "
+        f"| {forward:.0f} s | {backward:.0f} s | {resident('VmHWM'):.1f} GiB ({before:.1f} before the model) "
+        f"| {planned:.1f} GiB "
         f"| {loss.item():.4f} | {len(gradients) - len(wrong)} of {len(gradients)} finite, {len(zero)} zero |",
         flush=True,
     )

@@ -95,8 +95,7 @@ def project(name: str, case: Case, mode: str, kind: str) -> Callable[[], Tensor]
     """A step of this project; in training through the engine, on one rank under ZeRO 1."""
     import swinv2_scale
     from swinv2_scale import config
-    from swinv2_scale.engine import cast
-    from swinv2_scale.parallel import PRECISIONS
+    from swinv2_scale.parallel import PRECISIONS, cast
 
     images = torch.randn(case.batch, 3, case.image, case.image)
     if mode == "inference":

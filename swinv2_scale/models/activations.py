@@ -1,10 +1,11 @@
-"""What one training pass keeps in memory beside weights and optimiser states, from shapes alone: nothing is run.
+"""What one training pass keeps in memory beside weights and optimiser states, from shapes alone.
 
 A model is a sequence of units (embedding, blocks, patch merging, head), each of chains of operations, and an operation
 keeps for backward what autograd keeps: a linear layer its input, an MLP also its hidden map before GELU, post-norm its
 branch, LayerNorm its float32 input, the attention operator qkv, its output and one log-sum-exp per row. Backward walks
 the chains from their end: gradients come, kept tensors go, and the largest sum on the way is the peak. It never lies in
-forward, where a unit holds less than when its own backward begins.
+forward, where a unit holds less than when its own backward begins. Heads of dense tasks are more than a chain, and are
+run on the meta device instead (dry_run.py).
 
 tests/unit/test_activations.py compares what is kept, and the peak, with what PyTorch holds.
 """
@@ -16,8 +17,11 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from swinv2_scale.models import dry_run
+from swinv2_scale.models.detection.cascade import CascadeRCNN
 from swinv2_scale.models.simmim import SimMIM
 from swinv2_scale.models.swin_v2 import Block, SwinTransformerV2, stage_grid
+from swinv2_scale.models.upernet import UPerNet
 from swinv2_scale.ops import native
 from swinv2_scale.ops.block import LARGE
 from swinv2_scale.ops.cosine_window_attention import SEQUENTIAL_BYTES
@@ -57,7 +61,8 @@ class Chain(NamedTuple):
 class Unit:
     """A part of the model. source: bytes of its input; policy: "keep", "recompute" or "offload".
 
-    pinned: bytes that PyTorch holds from the first forward although the unit is run again.
+    pinned: bytes that PyTorch holds from the first forward although the unit is run again. joined: bytes of a gradient
+    of its output that heads have left there, besides that of the next unit.
     """
 
     name: str
@@ -65,6 +70,7 @@ class Unit:
     chains: list[Chain]
     policy: str = "keep"
     pinned: float = 0.0
+    joined: float = 0.0
 
     def kept(self) -> float:
         """Bytes that its operations keep for backward, its input among them where they need it."""
@@ -83,13 +89,15 @@ class Activations:
     kept        between forward and backward, by unit ("stage 1", …), on the device
     host        the same in host memory: inputs of offloaded blocks
     peak        of backward, with the gradients of weights that it has made until then
-    workspace   the most that an operation needs only while it runs
+    workspace   the most that an operation of the backbone needs only while it runs
+    heads_flops operations of heads that were run, forward and backward
     """
 
     kept: dict[str, float] = field(default_factory=dict)
     host: float = 0.0
     peak: float = 0.0
     workspace: float = 0.0
+    heads_flops: float = 0.0
 
     @property
     def total(self) -> float:
@@ -110,7 +118,8 @@ def activations(
     """What a micro-batch of `images` takes under a policy, the arguments of memory.apply.
 
     size              rows and columns in pixels; of a model of clips frames, rows and columns
-    model             a SwinTransformerV2 or a SimMIM, also on the meta device
+    model             a SwinTransformerV2 or a SimMIM, also on the meta device; or, on the meta device and in the types
+                      that it trains in, a UPerNet or a CascadeRCNN
     device            "cpu" or "cuda", whose kernel's workspace is counted. On a CPU what is offloaded stays where it is
     lasting_gradient  bytes of each weight's gradient that its own backward adds to what lasts until the step
     """
@@ -123,8 +132,17 @@ def activations(
         found.host += kept if on_host else 0.0
         found.kept[unit.name] = found.kept.get(unit.name, 0.0) + (0.0 if on_host else kept)
     walk = _Walk(found.total, gradient=low, lasting=lasting_gradient)
+    if isinstance(model, UPerNet | CascadeRCNN):
+        grids = [stage_grid(_embedded(model.encoder, size), stage) for stage in range(len(model.encoder.widths))]
+        shapes = tuple((images, *grid, width) for grid, width in zip(grids, model.encoder.widths, strict=True))
+        heads = dry_run.heads(model, shapes, size=tuple(size), lasting_gradient=lasting_gradient)
+        walk = _Walk(found.total + heads.left, gradient=low, lasting=lasting_gradient)
+        walk.peak = max(walk.peak, found.total + heads.peak)
+        found.kept |= heads.kept
+        found.heads_flops = heads.flops
     for unit in reversed(parts):
         until_done = 0.0
+        walk.live -= unit.joined
         if unit.policy == "recompute":
             until_done = unit.pinned
             walk.live += unit.kept() - unit.source
@@ -186,14 +204,25 @@ def _first_keepers(ops: Sequence[Op]) -> dict[int, int]:
     return first
 
 
+def backbone_of(model: nn.Module) -> SwinTransformerV2:
+    """The backbone of a model. Raises ValueError for a model whose activations are not known."""
+    backbone = model.encoder if isinstance(model, SimMIM | UPerNet | CascadeRCNN) else model
+    if not isinstance(backbone, SwinTransformerV2):
+        raise ValueError(f"a {type(model).__name__} cannot be planned: SimMIM, classifiers, UPerNet and detectors can")
+    return backbone
+
+
+def _embedded(backbone: SwinTransformerV2, size: Sequence[int]) -> list[int]:
+    return [math.ceil(side / patch) for side, patch in zip(size, backbone.patch, strict=True)]
+
+
 def units(
     model: nn.Module, *, images: int, size: Sequence[int], low: int, device: str, memory: dict[str, Any]
 ) -> list[Unit]:
     """The units of a model in the order of forward; low: bytes of an activation. Their names are parts of the table."""
     simmim = model if isinstance(model, SimMIM) else None
-    backbone = simmim.encoder if simmim else model
-    assert isinstance(backbone, SwinTransformerV2)
-    embedded = [math.ceil(side / patch) for side, patch in zip(size, backbone.patch, strict=True)]
+    backbone = backbone_of(model)
+    embedded = _embedded(backbone, size)
     pixels = images * math.prod(size) * backbone.patch_embed.proj.in_channels
     tokens = images * math.prod(embedded)
     # 1  embedding: images need no gradient, so its source is none
@@ -227,15 +256,21 @@ def units(
             found.append(unit)
         if layer.downsample is not None:
             source = images * math.prod(grid) * width * low
+            found[-1].joined = source if isinstance(model, UPerNet | CascadeRCNN) else 0.0
             tokens = images * math.prod(stage_grid(embedded, stage + 1))
             whole = 4 * tokens * width * low
             ops = [Op(whole), Op(whole / 2, True, weights=8 * width**2)]
             ops += _norm(tokens, 2 * width, low)
             found.append(Unit(f"stage {stage + 1}", source, [Chain(ops)]))
-    # 3  head and loss
+    # 3  head and loss, or what is before heads that are run
     tokens = images * math.prod(grid)
-    head = _head(backbone, simmim, images, tokens, pixels, low)
-    found.append(Unit("head and loss", tokens * backbone.widths[-1] * low, [Chain(head)]))
+    source = tokens * backbone.widths[-1] * low
+    if isinstance(model, CascadeRCNN) and model.decoder.attention is not None:
+        chains = _block(model.decoder.attention, attention="auto", mlp_tokens=0, **shape)
+        found.append(Unit("global attention", source, chains))
+    if not isinstance(model, UPerNet | CascadeRCNN):
+        head = _head(backbone, simmim, images, tokens, pixels, low)
+        found.append(Unit("head and loss", source, [Chain(head)]))
     return found
 
 

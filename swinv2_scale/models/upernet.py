@@ -31,7 +31,8 @@ class BatchNorm(nn.Module):
 
     The same as torch's SyncBatchNorm, which does not run on a CPU. Statistics are those of a micro-batch times the
     ranks: unlike all else, a step depends on how the global batch is cut into micro-batches. A batch that is not
-    finite leaves the running statistics as they are, so that a step can be skipped. Evaluation uses those.
+    finite leaves the running statistics as they are, so that a step can be skipped. Evaluation uses those. On the meta
+    device, where there are no values, no rank asks another.
     """
 
     running_mean: Tensor
@@ -51,7 +52,7 @@ class BatchNorm(nn.Module):
             out = F.batch_norm(exact, self.running_mean, self.running_var, self.weight, self.bias, eps=EPS)
             return out.to(x.dtype)
         values = x.numel() // x.shape[1] * distributed.world_size()
-        if values < 2:
+        if values < 2 and not x.is_meta:
             raise ValueError(
                 "batch norm has one value per channel in a micro-batch of one image on one rank (the map that is "
                 "pooled to 1 x 1): set micro_batch=2 or more, or use more ranks"
@@ -61,7 +62,7 @@ class BatchNorm(nn.Module):
             finite = mean.isfinite() & variance.isfinite()
             for running, new in (
                 (self.running_mean, mean),
-                (self.running_var, variance * (values / (values - 1))),
+                (self.running_var, variance * (values / max(values - 1, 1))),
             ):
                 running.lerp_(torch.where(finite, new, running), MOMENTUM)
         return out.to(x.dtype)
@@ -206,20 +207,24 @@ class UPerNet(nn.Module):
         )
         init_weights(self, depths=encoder.depths, scheme=encoder.weight_init)
 
-    def maps(self, images: Tensor) -> list[Tensor]:
-        """(B, in_channels, Y, X) -> the normalised map of each stage, (B, C·s/4, Y/s, X/s), s = 4, 8, 16, 32."""
-        *lower, last = self.encoder.forward_features(images)
+    def maps(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """What forward_features of the encoder gives -> the normalised maps (B, C·s/4, Y/s, X/s), s = 4, 8, 16, 32."""
+        *lower, last = features
         normed = [level.norm(feature_map) for level, feature_map in zip(self.decoder.lower(), lower, strict=True)]
         return [feature_map.permute(0, 3, 1, 2) for feature_map in (*normed, self.encoder.norm(last))]
 
     def segment(self, images: Tensor) -> Tensor:
         """(B, in_channels, Y, X), any Y and X -> logits (B, classes, Y, X), at least float32."""
-        return _at_image(self.decoder(self.maps(images)), images)
+        return _at_image(self.decoder(self.maps(self.encoder.forward_features(images))), images.shape[2:])
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """As `segment`, and the logits of the auxiliary head, of the same shape: what training needs."""
-        maps = self.maps(images)
-        return _at_image(self.decoder(maps), images), _at_image(self.decoder.auxiliary_logits(maps), images)
+        return self.answers(self.encoder.forward_features(images), images.shape[2:])
+
+    def answers(self, features: Sequence[Tensor], size: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Of the encoder's maps, for images of `size`, rows and columns: what `forward` gives."""
+        maps = self.maps(features)
+        return _at_image(self.decoder(maps), size), _at_image(self.decoder.auxiliary_logits(maps), size)
 
 
 def resized(x: Tensor, size: Sequence[int]) -> Tensor:
@@ -227,5 +232,5 @@ def resized(x: Tensor, size: Sequence[int]) -> Tensor:
     return x if x.shape[2:] == torch.Size(size) else F.interpolate(x, list(size), mode="bilinear", align_corners=False)
 
 
-def _at_image(logits: Tensor, images: Tensor) -> Tensor:
-    return resized(logits.to(torch.promote_types(logits.dtype, torch.float32)), images.shape[2:])
+def _at_image(logits: Tensor, size: Sequence[int]) -> Tensor:
+    return resized(logits.to(torch.promote_types(logits.dtype, torch.float32)), size)

@@ -272,6 +272,16 @@ def test_what_a_mask_head_is_to_draw():
     assert cut[1, 1:-1, 1:13].all() and not cut[1, :, 15:].any()
 
 
+def test_targets_of_masks_are_cut_a_few_at_a_time(monkeypatch):
+    model, (images, sizes, targets) = detector().train(), batch()
+    losses = []
+    for most in (cascade.MASKS_AT_A_TIME, 1):
+        monkeypatch.setattr(cascade, "MASKS_AT_A_TIME", most)
+        torch.manual_seed(1)
+        losses.append({name: float(value) for name, value in model(images, sizes, targets).items()})
+    assert losses[0] == losses[1]
+
+
 def test_the_semantic_loss_is_a_mean_over_pixels_with_a_class():
     logits = torch.randn(3, 4, 2, 2, generator=torch.Generator().manual_seed(0))
     maps = torch.full((3, 16, 16), IGNORED)

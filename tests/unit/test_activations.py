@@ -1,46 +1,21 @@
 """What is planned of a training pass against what PyTorch holds: kept tensors, and the peak of backward."""
 
-import weakref
 from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import swinv2_scale
 from swinv2_scale import config
-from swinv2_scale.engine import cast
 from swinv2_scale.models import memory
 from swinv2_scale.models.activations import activations
+from swinv2_scale.models.dry_run import Live
 from swinv2_scale.models.simmim import SimMIM
 from swinv2_scale.ops import native
+from swinv2_scale.parallel import cast
 
 pytestmark = pytest.mark.skipif("cpu" in native.missing, reason="plans are of the kernel")
 KEEP: dict[str, Any] = config.memory_policies()["none"]
-
-
-class Live(TorchDispatchMode):
-    """Bytes of the storages that operations have made and that are still there."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self._sizes: dict[int, int] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, tuple | list) else [out]:
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                if storage._cdata not in self._sizes:
-                    self._sizes[storage._cdata] = storage.nbytes()
-                    self.live += storage.nbytes()
-                    weakref.finalize(storage, self._gone, storage._cdata)
-                    self.peak = max(self.peak, self.live)
-        return out
-
-    def _gone(self, key: int) -> None:
-        self.live -= self._sizes.pop(key)
 
 
 def compare(

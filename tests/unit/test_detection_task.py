@@ -54,7 +54,7 @@ def seen(tmp_path) -> tuple[dict[str, Any], list[coco.Result], dict[Any, Any]]:
     return truth, found, by_image
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4, 12])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 12])
 def test_numbers_are_the_same_on_any_number_of_ranks(tmp_path, seen, ranks):
     truth, found, by_image = seen
     images = list(by_image)

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 import swinv2_scale
-from swinv2_scale.engine import cast
-from swinv2_scale.parallel import batch_arithmetic, deepspeed_config
+from swinv2_scale.parallel import batch_arithmetic, cast, deepspeed_config
 
 VALUES = {
     "global_batch": 64,

@@ -12,12 +12,12 @@ from torch import nn
 
 import swinv2_scale
 from swinv2_scale.config import compose, plain
-from swinv2_scale.engine import cast
 from swinv2_scale.models import memory, swin_v2
 from swinv2_scale.models.simmim import SimMIM
 from swinv2_scale.models.swin_v2 import SwinTransformerV2
 from swinv2_scale.ops import cosine_window_attention as operator
 from swinv2_scale.ops.block import mlp
+from swinv2_scale.parallel import cast
 
 ROOT = Path(__file__).parents[2]
 COMMON = yaml.safe_load((ROOT / "conf/memory/_common.yaml").read_text())

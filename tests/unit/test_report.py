@@ -102,6 +102,22 @@ def test_the_page_shows_the_numbers_of_the_record(tmp_path: Path) -> None:
     ]
 
 
+def test_of_cocos_numbers_six_are_in_the_headline_and_the_rest_in_a_table(tmp_path: Path) -> None:
+    names = [
+        f"{kind}_{name}" for kind in ("box", "mask") for name in ("ap", "ap50", "ap75", "ap_small", "ar1", "ar_large")
+    ]
+    lines = [start(), *(evaluation(step, **dict.fromkeys(names, step / 100), images=9) for step in (10, 20))]
+    page = page_of(make_run(tmp_path, lines))
+    shown = headline(tmp_path).splitlines()[1].split(", ")
+    labels = ("box ap", "mask ap", "box ap50", "box ap75", "mask ap50", "mask ap75")
+    assert shown == [f"held-out {label} 0.1 -> 0.2 (100.0 % higher)" for label in labels]
+    assert points_of(page, "Held-out box ap75") == [[(10, 0.1), (20, 0.2)]]
+    assert "Held-out box ar1" not in text_of(page), "a detail gets no chart"
+    table = text_of(page).partition("Further held-out values first last change")[2]
+    assert table.startswith(" box ap small 0.1 0.2 100.0 % higher box ar1 0.1 0.2")
+    assert "mask ar large 0.1 0.2 100.0 % higher images 9 9" in table
+
+
 def test_missing_pieces_leave_their_section_out(tmp_path: Path) -> None:
     text = text_of(page_of(make_run(tmp_path, [start(), train(1, 0.9)])))
     assert "running or interrupted" in text

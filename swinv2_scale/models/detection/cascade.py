@@ -41,6 +41,7 @@ from swinv2_scale.models.initial import initial_values
 from swinv2_scale.models.swin_v2 import SwinTransformerV2
 
 SMALLEST = 1e-3  # pixels of a detection's side
+MASKS_AT_A_TIME = 16  # of an image, whole and in float32, while the heads' targets are cut out of them
 
 
 class Detections(NamedTuple):
@@ -201,15 +202,19 @@ class CascadeRCNN(nn.Module):
         *maps, last = self.encoder.forward_features(images)
         if self.decoder.attention is not None:
             last = self.decoder.attention(last)
+        return self.pyramid_of(maps, last, (rows, columns))
+
+    def pyramid_of(self, maps: Sequence[Tensor], last: Tensor, padded: Size) -> Pyramid:
+        """As `pyramid`, of the encoder's maps (B, Y/s, X/s, C_s), the last one after the global attention."""
         channels_first = [output(one) for output, one in zip(self.decoder.outputs, maps, strict=True)]
         channels_first.append(self.encoder.norm(last).permute(0, 3, 1, 2))
         kind = self.decoder.neck.inner_blocks[0][0].weight.dtype
         neck = self.decoder.neck({str(number): one.to(kind) for number, one in enumerate(channels_first)})
         neck = {name: exact(one) for name, one in neck.items()}
         if self.decoder.semantic_head is None:
-            return Pyramid(neck, None, None, (rows, columns))
+            return Pyramid(neck, None, None, padded)
         logits, semantic = self.decoder.semantic_head(list(neck.values()))
-        return Pyramid(neck, semantic, logits, (rows, columns))
+        return Pyramid(neck, semantic, logits, padded)
 
     def box_features(self, pyramid: Pyramid, boxes: list[Tensor]) -> Tensor:
         """What a box head sees of each image's boxes (R_i, 4), one after the other: (R, C, 7, 7)."""
@@ -239,7 +244,8 @@ class CascadeRCNN(nn.Module):
             for own, target in zip(boxes, targets, strict=True)
         ]
 
-    def _mask_heads(self, stages: int) -> list[MaskHead]:
+    def mask_heads(self, stages: int) -> list[MaskHead]:
+        """Those of the first `stages` stages."""
         return [head for head in self.decoder.mask_heads[:stages] if isinstance(head, MaskHead)]
 
     def _box_answers(self, pyramid: Pyramid, boxes: list[Tensor], stage: int) -> tuple[Tensor, Tensor]:
@@ -280,11 +286,12 @@ class CascadeRCNN(nn.Module):
             number = own.number[chosen]
             boxes.append(own.boxes[chosen])
             labels.append(target["labels"][number])
-            if len(chosen):
-                cut = project_masks_on_boxes(target["masks"], own.boxes[chosen], number, 2 * MASK_SIDE)
-                wanted.append(cut >= 0.5)
+            for part in range(0, len(chosen), MASKS_AT_A_TIME):
+                some = slice(part, part + MASKS_AT_A_TIME)
+                masks, order = target["masks"][number[some]], torch.arange(len(number[some]), device=number.device)
+                wanted.append(project_masks_on_boxes(masks, own.boxes[chosen[some]], order, 2 * MASK_SIDE) >= 0.5)
         logits = last_mask_logits(
-            self._mask_heads(stage + 1), self.mask_features(pyramid, boxes), flow=self.mask_information_flow
+            self.mask_heads(stage + 1), self.mask_features(pyramid, boxes), flow=self.mask_information_flow
         )
         if not wanted:
             return logits.sum() * 0
@@ -366,7 +373,7 @@ class CascadeRCNN(nn.Module):
     def _mask_probabilities(self, seen: View, pyramid: Pyramid, boxes: list[Tensor], labels: Tensor) -> Tensor:
         """The mean over stages of the masks of each image's boxes (R_i, 4) in original pixels: (R, 1, 28, 28)."""
         there = [seen.into(own, number) for number, own in enumerate(boxes)]
-        heads = self._mask_heads(len(self.decoder.mask_heads))
+        heads = self.mask_heads(len(self.decoder.mask_heads))
         answers = mask_logits(heads, self.mask_features(pyramid, there), flow=self.mask_information_flow)
         rows = torch.arange(len(labels), device=labels.device)
         mean = torch.stack([logits[rows, labels].sigmoid() for logits in answers]).mean(dim=0)
