@@ -126,7 +126,6 @@ def test_axes_of_a_clip_are_shifted_apart(shift, mask_value, sets, monkeypatch) 
             assert relative_error(other.double(), exact) < 3 * error + floor, (name, dtype)
 
 
-
 @pytest.mark.parametrize(("grid", "window", "shift"), [((3, 4), (2, 3), (1, 1)), ((1, 2, 3), (1, 2, 2), (0, 1, 1))])
 def test_gradcheck(grid, window, shift) -> None:
     inputs = draw(grid, window, heads=2)
