@@ -69,9 +69,10 @@ def test_what_is_kept_and_the_peak(make: Callable, changes: dict[str, Any], loss
     cast(planned, "bf16")
     shape = {"images": IMAGES, "size": (SIZE, SIZE), "precision": "bf16", "device": "cpu", "memory": chosen}
     found = activations(planned, **shape, lasting_gradient=2.0)
-    # of a detector's boxes that are objects more than their share are left out, so that later stages have fewer of them
-    assert found.total == pytest.approx(kept, rel=0.03 if make is upernet else 0.06)
-    assert found.peak == pytest.approx(live.peak - before, rel=0.06)
+    # A detector is planned at its most; of this one later stages have fewer boxes, which here are much of the whole.
+    most = 1.03 if make is upernet else 1.15
+    assert 0.97 * kept < found.total < most * kept
+    assert 0.94 * (live.peak - before) < found.peak < (most + 0.03) * (live.peak - before)
     assert all(parameter.grad is None for parameter in planned.parameters())
 
 
