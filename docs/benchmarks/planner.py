@@ -52,9 +52,9 @@ def configuration(task: str, model: str, image: int, window: int, batch: int, po
     return config.compose("finetune", ["name=benchmark", "epochs=1", "data.train=none", *settings])
 
 
-def batch_on(cfg: Any) -> dict[str, Any]:
-    """Noise, and a target for it."""
-    count, image, classes = cfg.micro_batch, cfg.model.image_size, cfg.model.num_classes
+def batch_on(cfg: Any, image: int) -> dict[str, Any]:
+    """Noise of so many pixels a side, and a target for it."""
+    count, classes = cfg.micro_batch, cfg.model.num_classes
     if "detector" in cfg.task:
         parts = [batch_of(image, objects=OBJECTS) for _ in range(count)]
         joined = {key: [one for part in parts for one in part[key]] for key in ("size", "target")}
@@ -66,10 +66,11 @@ def batch_on(cfg: Any) -> dict[str, Any]:
 
 
 def steps(cfg: Any, number: int) -> None:
-    """Steps on noise; the peak counts from the second."""
+    """Steps on noise; the peak counts from the second. The first one makes the optimiser's states, on smaller images."""
     engine, task = engine_of(cfg, cfg.micro_batch)
-    batch = batch_on(cfg)
+    size = cfg.model.image_size
     for step in range(number):
+        batch = batch_on(cfg, size // 4 if step == 0 else size)
         if step == 1:
             Path("/proc/self/clear_refs").write_text("5")  # forget the peak of building
         engine.step([batch], task.loss, 1e-4)
