@@ -66,7 +66,7 @@ def batch_on(cfg: Any, image: int) -> dict[str, Any]:
 
 
 def steps(cfg: Any, number: int) -> None:
-    """Steps on noise; the peak counts from the second. The first one makes the optimiser's states, on smaller images."""
+    """Steps on noise; the peak counts from the second. The first makes the optimiser's states, on smaller images."""
     engine, task = engine_of(cfg, cfg.micro_batch)
     size = cfg.model.image_size
     for step in range(number):

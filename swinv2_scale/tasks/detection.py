@@ -1,5 +1,6 @@
 """Object detection and instance segmentation, by the conventions of COCO."""
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,6 +24,8 @@ from swinv2_scale.models.detection.views import pad
 from swinv2_scale.models.swin_v2 import SwinTransformerV2
 from swinv2_scale.telemetry import Picture
 from swinv2_scale.train import Prediction
+
+log = logging.getLogger(__name__)
 
 FOUND = 0.5  # overlap of a box with an object, from which on a picture counts it as found
 
@@ -259,10 +262,15 @@ def merged_numbers(
     if file is not None:
         known = {one["label"]: one["category_id"] for record, _ in union.values() for one in record["annotations"]}
         ids = known if category_ids is None else dict(enumerate(category_ids))
+        named = [{**one, "category_id": ids[one["category_id"]]} for one in found if one["category_id"] in ids]
+        if len(named) < len(found):
+            log.warning(
+                f"{file} lacks {len(found) - len(named):,} of {len(found):,} detections: no image has an annotation of "
+                "their classes, which would tell their ids; task.category_ids=[…] does (a test set has none at all: "
+                "the ids are in manifest.json of the training shards)"
+            )
         file.parent.mkdir(parents=True, exist_ok=True)
-        coco.write_results(
-            file, [{**one, "category_id": ids[one["category_id"]]} for one in found if one["category_id"] in ids]
-        )
+        coco.write_results(file, named)
     kinds = ["box", "mask"] if masks else ["box"]
     numbers = coco.evaluate(records, found, range(classes), kinds=kinds)
     return {**numbers, "images": float(len(union))}

@@ -68,6 +68,16 @@ def test_numbers_are_the_same_on_any_number_of_ranks(tmp_path, seen, ranks):
     assert in_order == [json.dumps(one) for one in sorted(found, key=json.dumps)]
 
 
+def test_results_of_a_test_set_need_the_ids_of_the_classes(tmp_path, seen, caplog):
+    _, found, by_image = seen
+    bare = {image: ({**record, "annotations": []}, own) for image, (record, own) in by_image.items()}
+    merged_numbers([bare], 3, masks=False, file=tmp_path / "results.json")
+    assert json.loads((tmp_path / "results.json").read_text()) == []
+    assert f"lacks {len(found):,} of {len(found):,} detections" in caplog.text and "task.category_ids" in caplog.text
+    merged_numbers([bare], 3, masks=False, file=tmp_path / "results.json", category_ids=IDS)
+    assert len(json.loads((tmp_path / "results.json").read_text())) == len(found)
+
+
 def test_images_that_are_left_out_are_not_judged(tmp_path, seen):
     truth, found, by_image = seen
     gone = next(image for image in by_image if by_image[image][0]["annotations"])
