@@ -45,11 +45,7 @@ class Heads(NamedTuple):
 
 class Live(TorchDispatchMode):
     """Bytes of the storages that operations have made and that are still there, the most of them at a time, and the
-    floating-point operations of matrix products and convolutions.
-
-    A convolution's backward also holds copies in other layouts: twice its input and once its output's gradient, which
-    is what oneDNN takes (docs/planner.md); what cuDNN takes is not known here, and counts the same.
-    """
+    floating-point operations of matrix products and convolutions."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,8 +65,7 @@ class Live(TorchDispatchMode):
                     self._sizes[storage._cdata] = storage.nbytes()
                     self.live += storage.nbytes()
                     weakref.finalize(storage, self._gone, storage._cdata)
-        copies = args[0].nbytes + 2 * args[1].nbytes if func is torch.ops.aten.convolution_backward.default else 0
-        self.peak = max(self.peak, self.live + copies)
+        self.peak = max(self.peak, self.live)
         return out
 
     def mark(self, part: str) -> None:
