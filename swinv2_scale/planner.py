@@ -37,7 +37,7 @@ def state_bytes(
     ema: bool,
     accumulate: str = "fp32",
     offload: str | None = None,
-    sub_group_size: float = math.inf,
+    sub_group: float = math.inf,
 ) -> dict[str, float]:
     """Bytes on each rank that last from step to step, and those of the step itself, by what they are for.
 
@@ -45,14 +45,15 @@ def state_bytes(
     gradients   summed in float32 or in the weights' type, which ZeRO 2 and 3 divide
     optimizer   float32 master weights and AdamW's two moments, and the average of the weights; ZeRO 1 to 3 divide them
     step        under ZeRO 2 and 3 the gradients of a rank's own part once more, in one piece, while the optimiser takes
-                its step; under ZeRO 3 of a sub-group of it. With offload "disk" also its states, while they are mapped
+                its step; under ZeRO 3 of its largest sub-group, of sub_group parameters on all ranks together. With
+                offload "disk" also its states, while they are mapped
     host        what is offloaded to the host's memory: float32 gradients, and the optimiser's states unless on a disk
     Parameters that stay float32 at 16 bits (norms, biases of position, scales: 1 % of them) are counted as the others.
     """
     share = 1 / ranks
     low = 4 if precision == "fp32" else 2
     optimizer = parameters * ((12 if zero_stage else 8) + 4 * ema) * (share if zero_stage else 1)
-    stepped = min(parameters * share, sub_group_size) if zero_stage == 3 else parameters * share * (zero_stage == 2)
+    stepped = min(parameters, sub_group) * share if zero_stage == 3 else parameters * share * (zero_stage == 2)
     return {
         "weights": parameters * low * (share if zero_stage == 3 else 1),
         "gradients": parameters * (4 if accumulate == "fp32" else low) * (share if zero_stage >= 2 else 1),
@@ -156,7 +157,7 @@ def plan(
         ema=cfg.optim.ema_decay is not None,
         accumulate=cfg.parallel.accumulate,
         offload=cfg.parallel.offload,
-        sub_group_size=cfg.parallel.sub_group_size,
+        sub_group=_largest_sub_group(model, cfg.parallel.sub_group_size * ranks),
     )
     lasting = 0.0  # of each gradient beyond its own backward
     if stage == 0 and accumulation == 1:  # later micro-batches add to what is there
@@ -206,6 +207,18 @@ def plan(
         attention_flops=cfg.global_batch * (3 * flops["attention"] + flops["attention again"]),
         recomputed_flops=cfg.global_batch * flops["again"],
     )
+
+
+def _largest_sub_group(model: nn.Module, size: float) -> int:
+    """Parameters of the largest of the groups in which ZeRO 3 takes its step: one is full when it has `size` of them,
+    and no parameter is divided, so that it may be larger by all but the whole of the largest parameter."""
+    largest = filled = 0
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            filled += parameter.numel()
+            largest = max(largest, filled)
+            filled *= filled < size
+    return largest
 
 
 def _bucket_bytes(cfg: Any, parameters: int) -> float:

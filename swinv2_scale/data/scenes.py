@@ -1,8 +1,8 @@
 """Photographs with handwritten digits on them: real pixels for detection and segmentation, with exact annotations.
 
 The photographs are scikit-image's and scikit-learn's, the digits scikit-learn's, each enlarged from 8 x 8 pixels,
-coloured, and pasted at a random place. Training and validation have other photographs and other digits. A pixel
-belongs to the digit that was painted on it last, and to nothing else: annotations are exact before JPEG.
+painted in a light colour with a dark rim at a random place. Training and validation have other photographs and other
+digits. A pixel, of a rim as of ink, belongs to the digit that was painted on it last: annotations are exact before JPEG.
 """
 
 import json
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from swinv2_scale.data import demo
 from swinv2_scale.data.images import decode
@@ -23,6 +23,8 @@ _SPLITS = {"training": "train", "validation": "validation"}  # as demo.py calls 
 _EDGES = (112, 161)  # pixels of a scene's sides, the second excluded
 _DIGITS = (2, 5)  # of a scene, the second excluded
 _SIZES = (40, 65)  # pixels of a digit's square before it is cut to its ink, the second excluded
+_RIM = 3  # pixels around the ink
+_LIGHT = (200, 256)  # each channel of the ink, the second excluded
 _INK = 0.45  # of an enlarged digit's 0 … 1, from which on a pixel is painted
 _VISIBLE = 0.8  # the share of a digit that must not be painted over, or else the new one goes elsewhere
 
@@ -149,14 +151,13 @@ def _painted(image: np.ndarray, glyphs: list[np.ndarray], classes: np.ndarray, r
             continue
         top = int(random.integers(image.shape[0] - rows + 1))
         left = int(random.integers(image.shape[1] - columns + 1))
+        place = np.s_[top : top + rows, left : left + columns]
         mask = np.zeros(image.shape[:2], bool)
-        mask[top : top + rows, left : left + columns] = ink >= _INK
+        mask[place] = _spread(ink)
         if any((own & ~mask).sum() < _VISIBLE * size for own, size in zip(masks, full, strict=True)):
             continue
-        place = image[top : top + rows, left : left + columns]
-        colour = _contrasting(place.mean((0, 1)), random)
-        shade = (0.75 + 0.25 * ink)[..., None] * colour  # strokes are darker at their edges
-        place[ink >= _INK] = np.round(shade).astype(np.uint8)[ink >= _INK]
+        image[mask] //= 4
+        image[place][ink] = random.integers(*_LIGHT, 3)
         masks = [own & ~mask for own in masks] + [mask]
         full.append(int(mask.sum()))
         labels.append(int(classes[chosen]))
@@ -165,19 +166,18 @@ def _painted(image: np.ndarray, glyphs: list[np.ndarray], classes: np.ndarray, r
 
 
 def _enlarged(glyph: np.ndarray, size: int) -> np.ndarray:
-    """A digit (8, 8) as ink 0 … 1 in a square of `size` pixels, cut to where there is any."""
-    ink = np.array(Image.fromarray(glyph.astype(np.float32)).resize((size, size), Image.Resampling.BICUBIC)).clip(0, 1)
-    left, top, right, bottom = (int(edge) for edge in _box(ink >= _INK))
-    return ink[top:bottom, left:right]
+    """The ink of a digit (8, 8) in a square of `size` pixels, bool, cut to where there is any and room for its rim."""
+    grey = np.array(Image.fromarray(glyph.astype(np.float32)).resize((size, size), Image.Resampling.BICUBIC))
+    left, top, right, bottom = (int(edge) for edge in _box(grey >= _INK))
+    return np.pad(grey[top:bottom, left:right] >= _INK, _RIM)
+
+
+def _spread(ink: np.ndarray) -> np.ndarray:
+    """Where there is ink within _RIM rows and columns, bool (Y, X)."""
+    return np.array(Image.fromarray(ink.astype(np.uint8)).filter(ImageFilter.MaxFilter(2 * _RIM + 1))) > 0
 
 
 def _box(mask: np.ndarray) -> tuple[float, float, float, float]:
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     return float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)
 
-
-def _contrasting(background: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """A colour (3,) whose brightness is far from that of the background."""
-    colours = random.integers(0, 256, (16, 3)).astype(np.float64)
-    distance = np.abs(colours.mean(1) - background.mean())
-    return colours[int(distance.argmax())]

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from swinv2_scale import config, plan_report, planner, telemetry
 from swinv2_scale.cli import main
@@ -28,6 +29,15 @@ def test_bytes_per_parameter(zero_stage: int, precision: str, total: float) -> N
     """Of four ranks; without sharding 4 weights + 4 gradients + 8 moments."""
     states = planner.state_bytes(10, zero_stage=zero_stage, precision=precision, ranks=4, ema=False)
     assert sum(states.values()) == 10 * total
+
+
+def test_a_sub_group_holds_whole_parameters() -> None:
+    model = nn.Sequential(nn.Linear(10, 3, bias=False), nn.Linear(10, 10, bias=False), nn.Linear(10, 2, bias=False))
+    assert planner._largest_sub_group(model, 20) == 100  # 30, 100, 20
+    assert planner._largest_sub_group(model, 31) == 130  # 30 are not enough
+    assert planner._largest_sub_group(model, 1e9) == 150
+    model[1].weight.requires_grad_(False)
+    assert planner._largest_sub_group(model, 20) == 30
 
 
 def test_json_has_what_a_script_needs(capsys: pytest.CaptureFixture[str]) -> None:
