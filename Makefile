@@ -1,6 +1,6 @@
 # make demo       install, pack real images, pretrain, fine-tune, evaluate, report: the main job, on a fresh machine
 # make demo-video the same for videos: photographs and digits in motion, fine-tuned and evaluated over several views
-# make demo-dense the same for objects: photographs with digits on them, a detector with masks
+# make demo-dense the same for objects: photographs with digits on them, a detector with masks, then every pixel's class
 # make test       install, lint, types, tests (under 20 minutes on two cores)
 # make test-long  the whole demo and longer sweeps
 # make bench      steps of this project and of other libraries side by side; hours on two cores
@@ -39,15 +39,19 @@ demo-video: $(VENV)/.video
 	@$(BIN)/swinv2-scale report runs/demo_video
 
 demo-dense: $(VENV)/.demo
-	rm -rf data/scenes runs/demo_detection runs/evaluation_detection
+	rm -rf data/scenes runs/demo_detection runs/evaluation_detection runs/demo_segmentation runs/evaluation_segmentation
 	$(BIN)/swinv2-scale data scenes data/scenes
 	@for split in training validation; do \
 		$(BIN)/swinv2-scale data pack data/scenes/images/instances_$$split.json data/objects_$$split --format coco || exit 1; \
+		$(BIN)/swinv2-scale data pack data/scenes/images/$$split data/scenes_$$split --format ade20k || exit 1; \
 	done
 	$(DEMO) launch/finetune.py experiment=demo_detection
 	$(DEMO) launch/evaluate.py experiment=demo_detection checkpoint=runs/demo_detection name=evaluation_detection
+	$(DEMO) launch/finetune.py experiment=demo_segmentation
+	$(DEMO) launch/evaluate.py experiment=demo_segmentation checkpoint=runs/demo_segmentation name=evaluation_segmentation
 	@echo
 	@$(BIN)/swinv2-scale report runs/demo_detection
+	@$(BIN)/swinv2-scale report runs/demo_segmentation
 
 pack: $(VENV)/.demo
 	@for shards in $(SHARDS); do $(BIN)/swinv2-scale data pack $$shards data/$$shards --format demo || exit 1; done

@@ -80,11 +80,15 @@ def main(config_name: str, argv: Sequence[str], action: Callable[[Any], None]) -
 def training(cfg: Any) -> None:
     """Train what the configuration describes, from where its run directory stands."""
     # 1  the task, its data, and how long
+    intervals = {name: cfg[name] for name in ("log_every", "evaluate_every", "checkpoint_every")}
+    for name, every in intervals.items():
+        if not isinstance(every, int) or every < 0:
+            raise ValueError(f"{name}={every} must be a number of steps; 0 means only at the end of the run")
+    if not cfg.steps and not cfg.epochs:
+        raise ValueError(f"steps={cfg.steps} and epochs={cfg.epochs}: give one of them, or there is nothing to train")
     task: Task = config.instantiate(cfg.task)
     data = open_data(cfg)
     order = data.order(seed=cfg.seed, global_batch=cfg.global_batch)
-    if not cfg.steps and not cfg.epochs:
-        raise ValueError(f"steps={cfg.steps} and epochs={cfg.epochs}: give one of them, or there is nothing to train")
     steps = cfg.steps or max(1, round(cfg.epochs * order.steps_per_epoch))
     schedule = build_schedule(cfg.optim, cfg.global_batch, steps, order.steps_per_epoch)
     # 2  the run directory and its records
@@ -122,7 +126,6 @@ def training(cfg: Any) -> None:
         versions=versions(),
         data={"train": {"samples": len(data), **data.identity}},
     )
-    intervals = {name: cfg[name] for name in ("log_every", "evaluate_every", "checkpoint_every")}
     try:
         if start == 0 and cfg.evaluate_first:
             run.look(0)
