@@ -18,7 +18,7 @@ from swinv2_scale.data.images import decode
 
 CLASSES = [f"digit {number}" for number in range(10)]
 BACKGROUND = "photograph"  # of a semantic map: the class after the digits
-COUNTS = {"training": 1200, "validation": 100}
+COUNTS = {"training": 4000, "validation": 100}
 _SPLITS = {"training": "train", "validation": "validation"}  # as demo.py calls them
 _EDGES = (112, 161)  # pixels of a scene's sides, the second excluded
 _DIGITS = (2, 5)  # of a scene, the second excluded

@@ -61,4 +61,7 @@ def test_make_demo_dense_keeps_its_promises() -> None:
     made("demo-dense")
     detection = json.loads((ROOT / "runs/evaluation_detection/evaluation.json").read_text())
     assert detection["box_ap"] >= 0.50 and detection["mask_ap"] >= 0.45 and detection["samples"] == 100
-    assert (ROOT / "runs/demo_detection/report.html").exists()
+    segmentation = json.loads((ROOT / "runs/evaluation_segmentation/evaluation.json").read_text())
+    assert segmentation["miou"] >= 0.70 and segmentation["samples"] == 100
+    for name in ("demo_detection", "demo_segmentation"):
+        assert (ROOT / "runs" / name / "report.html").exists()
