@@ -18,10 +18,10 @@ SHARDS := photographs/train photographs/validation digits/train digits/validatio
 .PHONY: demo demo-dense demo-video test test-long bench lint pack clean
 
 demo: $(VENV)/.demo pack
-	rm -rf runs/demo_simmim runs/demo_classification runs/evaluation
+	rm -rf runs/demo_simmim runs/demo_classification runs/demo_evaluation
 	$(DEMO) launch/pretrain.py experiment=demo_simmim
 	$(DEMO) launch/finetune.py experiment=demo_classification checkpoint=runs/demo_simmim
-	$(DEMO) launch/evaluate.py experiment=demo_classification checkpoint=runs/demo_classification
+	$(DEMO) launch/evaluate.py experiment=demo_classification checkpoint=runs/demo_classification name=demo_evaluation
 	@echo
 	@$(BIN)/swinv2-scale report runs/demo_simmim runs/demo_classification
 	@echo
@@ -39,16 +39,17 @@ demo-video: $(VENV)/.video
 	@$(BIN)/swinv2-scale report runs/demo_video
 
 demo-dense: $(VENV)/.demo
-	rm -rf data/scenes runs/demo_detection runs/evaluation_detection runs/demo_segmentation runs/evaluation_segmentation
+	rm -rf data/scenes runs/demo_detection runs/demo_evaluation_detection runs/demo_segmentation runs/demo_evaluation_segmentation \
+	    data/objects_training data/objects_validation data/scenes_training data/scenes_validation
 	$(BIN)/swinv2-scale data scenes data/scenes
 	@for split in training validation; do \
 		$(BIN)/swinv2-scale data pack data/scenes/images/instances_$$split.json data/objects_$$split --format coco || exit 1; \
 		$(BIN)/swinv2-scale data pack data/scenes/images/$$split data/scenes_$$split --format ade20k || exit 1; \
 	done
 	$(DEMO) launch/finetune.py experiment=demo_detection
-	$(DEMO) launch/evaluate.py experiment=demo_detection checkpoint=runs/demo_detection name=evaluation_detection
+	$(DEMO) launch/evaluate.py experiment=demo_detection checkpoint=runs/demo_detection name=demo_evaluation_detection
 	$(DEMO) launch/finetune.py experiment=demo_segmentation
-	$(DEMO) launch/evaluate.py experiment=demo_segmentation checkpoint=runs/demo_segmentation name=evaluation_segmentation
+	$(DEMO) launch/evaluate.py experiment=demo_segmentation checkpoint=runs/demo_segmentation name=demo_evaluation_segmentation
 	@echo
 	@$(BIN)/swinv2-scale report runs/demo_detection
 	@$(BIN)/swinv2-scale report runs/demo_segmentation
@@ -89,4 +90,4 @@ $(VENV)/.test: $(VENV)/.torch setup.py pyproject.toml $(wildcard kernels/*.*)
 	@touch $@
 
 clean:
-	rm -rf data runs build *.egg-info
+	rm -rf build *.egg-info

@@ -145,6 +145,8 @@ def _order(arguments: argparse.Namespace) -> int:
     weights = None if arguments.weights is None else tuple(arguments.weights)
     data = Mixture(tuple(map(_open_manifest, arguments.manifests)), weights, arguments.open_shards)
     order = data.order(seed=arguments.seed, global_batch=arguments.global_batch)
+    if arguments.world < 1:
+        raise ValueError(f"--world {arguments.world} is no number of ranks; choose 1 or more")
     micro_batch = arguments.micro_batch or arguments.global_batch // arguments.world
     if not micro_batch or arguments.global_batch % (arguments.world * micro_batch):
         raise ValueError(

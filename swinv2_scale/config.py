@@ -18,6 +18,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from swinv2_scale import limits
+
 # In a checkout conf/ lies beside the package; in a wheel, inside it.
 CONF = next(path for path in (Path(__file__).parent / "conf", Path(__file__).parents[1] / "conf") if path.is_dir())
 # What DeepSpeed's launcher and old torch launchers add to the command line. The rank is read from the environment.
@@ -33,7 +35,7 @@ def compose(
     that would otherwise be missing.
 
     Raises ValueError that names the key or choice that does not exist, on the command line or in an experiment's file,
-    and what was probably meant.
+    and what was probably meant; and for a value that its setting cannot have (limits.py).
     """
     overrides = [*model, *_without_launcher_arguments(argv)]
     wrong = [argument for argument in overrides if not re.match(r"[A-Za-z_][\w.]*=", argument)]
@@ -55,6 +57,9 @@ def compose(
                 f"conf/{config_name}.yaml needs a value for {', '.join(missing)}: add{given} to the command"
             )
         OmegaConf.resolve(cfg)
+        for key, value in limits.check(_settings(cfg)).items():
+            OmegaConf.update(cfg, key, value)
+        _refuse_what_has_no_effect(cfg, overrides)
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(_explain(error, config_name, overrides)) from error
     return cfg
@@ -215,6 +220,15 @@ def _compose(config_name: str, overrides: list[str]) -> DictConfig:
         cfg = hydra.compose(config_name, overrides)
     OmegaConf.set_struct(cfg, True)
     return cfg
+
+
+def _refuse_what_has_no_effect(cfg: DictConfig, overrides: list[str]) -> None:
+    """Raises ValueError for epochs that are given where an experiment has steps, and for an empty checkpoint."""
+    given = [override.partition("=")[0] for override in overrides]
+    if "epochs" in given and "steps" not in given and cfg.get("steps") and cfg.epochs:
+        raise ValueError(f"epochs={cfg.epochs} has no effect beside the experiment's steps={cfg.steps}: add steps=null")
+    if cfg.get("checkpoint") == "":
+        raise ValueError("checkpoint= is empty: name the weights to start from, or write checkpoint=null for none")
 
 
 def _without_launcher_arguments(argv: Sequence[str]) -> list[str]:

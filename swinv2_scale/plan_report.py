@@ -43,11 +43,8 @@ def planned(argv: Sequence[str]) -> Planned:
         raise ValueError(f"{' '.join(words)!r} is no stage: give one of {', '.join(STAGES)}, then key=value settings")
     own, others = config.own_settings("plan", settings)
     cluster = config.compose("plan", own)
-    for key in ("nodes", "gpus"):
-        if not isinstance(cluster[key], int) or cluster[key] < 1:
-            raise ValueError(f"{key}={cluster[key]}: give a number from 1")
     stage = words[0] if words else config.stage_of(others)
-    cfg = config.compose(stage, others, fill={"name": "plan", "data.train": None, "global_batch": 0})
+    cfg = config.compose(stage, others, fill={"name": "plan", "data.train": None, "global_batch": None})
     ranks = cluster.nodes * cluster.gpus
     cfg.global_batch = cfg.global_batch or ranks * cfg.micro_batch
     model = planner.build(cfg)

@@ -80,9 +80,6 @@ def job(stage: Sequence[str], launch: Path) -> Job:
     run_dirs = [Path(one.run_dir).absolute() for one in cfgs or [cfg]]
     if len(set(run_dirs)) < len(run_dirs):
         raise ValueError(f"array={job_cfg.array}: the jobs would share {run_dirs[0]}: put {INDEX} into name=…")
-    for key, value in {"nodes": job_cfg.nodes, "cluster.accelerators": cluster.accelerators}.items():
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{key}={value}: give a number from 1")
     if not isinstance(cluster.time, str):  # YAML reads 12:00:00 as 43200, which to Slurm are minutes
         raise ValueError(f"cluster.time={cluster.time} is a number: write it as 0-12:00:00, or in quotes in a file")
     if cfg.global_batch:

@@ -141,9 +141,9 @@ def judged(cfg: Any, task: Detection, model: MaskRCNN) -> dict[str, float]:
     return merged_numbers([seen], cfg.model.num_classes, masks=True)
 
 
-def row(name: str, parameters: float, steps: int, minutes: float, numbers: dict[str, float]) -> str:
+def row(name: str, parameters: float, steps: int, minutes: float | None, numbers: dict[str, float]) -> str:
     """A line of the table."""
-    cells = [name, f"{parameters / 1e6:.2f} M", str(steps), f"{minutes:.1f}"]
+    cells = [name, f"{parameters / 1e6:.2f} M", str(steps), "-" if minutes is None else f"{minutes:.1f}"]
     return f"| {' | '.join([*cells, *(f'{100 * numbers[key]:.1f}' for key in SHOWN)])} |"
 
 
@@ -173,7 +173,7 @@ def main() -> None:
     print("| model | parameters | steps | CPU minutes of training | " + " | ".join(SHOWN) + " |")
     print("|---" * (4 + len(SHOWN)) + "|")
     print(row("torchvision's Mask R-CNN", parameters, stop, minutes, judged(cfg, task, model)))
-    print(row("HTC++", start["parameters"], stop, float("nan"), htc))
+    print(row("HTC++", start["parameters"], stop, None, htc))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The pictures of the docs: what a run says of several, `columns` of them side by side, as one JPEG.
 
     photographs=$(python -c 'import skimage; print(skimage.__path__[0])')/data
-    python docs/images/sheet.py runs/demo_detection data/scenes/images/validation/scene_validation_0000[0-2].jpg \
+    python docs/images/sheet.py runs/demo_detection data/scenes/images/validation/scene_validation_0000[0-4].jpg \
         $photographs/text.png --output docs/images/detection.jpg
 """
 

@@ -298,6 +298,6 @@ def _pycocotools() -> Any:
     except ImportError as error:
         raise ValueError(
             f"COCO's masks and its evaluation need the package pycocotools ({error}); "
-            "`pip install swinv2-scale[detection]`"
+            "`pip install 'swinv2-scale[detection]'`"
         ) from error
     return pycocotools

@@ -110,6 +110,6 @@ def _packages() -> tuple[Path, Path]:
     except ImportError as error:
         raise ValueError(
             f"the demonstration data come out of a package that is not installed ({error}); "
-            "`pip install swinv2-scale[demo]`"
+            "`pip install 'swinv2-scale[demo]'`"
         ) from error
     return Path(skimage.__file__).parent, Path(sklearn.__file__).parent

@@ -2,7 +2,7 @@
 
 A JPEG can be decoded at 1/2, 1/4 or 1/8 of its size for a fraction of the time: its blocks of 8 x 8 pixels are stored
 as frequencies, of which the decoder then uses the low ones. That is done where a crop is still at least MARGIN times as
-large as what it is resized to; all else is decoded whole. docs/benchmarks/data_throughput.md has times and differences.
+large as what it is resized to; all else is decoded whole. docs/data.md has times and differences.
 """
 
 import io

@@ -52,8 +52,6 @@ class Order:
     ) -> None:
         if seed < 0:
             raise ValueError(f"seed {seed} is negative; choose 0 or more")
-        if open_shards < 1:
-            raise ValueError(f"data.open_shards is {open_shards}; choose 1 or more, such as {OPEN_SHARDS}")
         sizes = [sum(samples) for samples in shard_samples]
         if not 0 < global_batch <= sum(sizes):
             raise ValueError(
@@ -127,6 +125,8 @@ class _Source:
     """The epochs of one source, by seeds of its own."""
 
     def __init__(self, shard_samples: Sequence[int], seeds: tuple[int, int], open_shards: int) -> None:
+        if open_shards < 1:
+            raise ValueError(f"data.open_shards is {open_shards}; choose 1 or more, such as {OPEN_SHARDS}")
         self.samples = np.asarray(shard_samples, dtype=np.int64)
         self.first = np.cumsum(self.samples) - self.samples
         self.size = int(self.samples.sum())

@@ -2,7 +2,7 @@
 
 The photographs are scikit-image's and scikit-learn's, the digits scikit-learn's, each enlarged from 8 x 8 pixels,
 painted in a light colour with a dark rim at a random place. Training and validation have other photographs and other
-digits. A pixel, of a rim as of ink, belongs to the digit that was painted on it last: annotations are exact before JPEG.
+digits. A pixel, of rim or ink, belongs to the digit that was painted on it last: annotations are exact before JPEG.
 """
 
 import json
@@ -180,4 +180,3 @@ def _spread(ink: np.ndarray) -> np.ndarray:
 def _box(mask: np.ndarray) -> tuple[float, float, float, float]:
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     return float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)
-

@@ -238,7 +238,7 @@ class Reader:
         try:
             system, path = fsspec.url_to_fs(url, **self._options(url))
         except ImportError as error:
-            remedy = "`pip install swinv2-scale[s3]` for s3://, or fsspec's package for this source"
+            remedy = "`pip install 'swinv2-scale[s3]'` for s3://, or fsspec's package for this source"
             raise _AttemptError(str(error), remedy=remedy, again=False) from None
         except ValueError as error:
             remedy = "write file paths without a scheme, or one of http, https, s3 or what fsspec knows"

@@ -172,6 +172,8 @@ class _TrainingBatches:
 
 
 def _evaluation_batches(samples: int, batch: int, rank: int, world_size: int) -> list[list[Place]]:
+    if batch < 1:
+        raise ValueError(f"a batch of {batch} samples is none: choose 1 or more")
     largest_share = -(-samples // world_size)
     shares = np.array_split(np.arange(rank, samples, world_size), -(-largest_share // batch))
     return [[(0, index, 0.5) for index in share.tolist()] for share in shares if len(share)]

@@ -160,6 +160,6 @@ def _av() -> Any:
         import av
     except ImportError as error:
         raise ValueError(
-            f"videos are read by a package that is not installed ({error}); `pip install swinv2-scale[video]`"
+            f"videos are read by a package that is not installed ({error}); `pip install 'swinv2-scale[video]'`"
         ) from error
     return av

@@ -43,5 +43,5 @@ class VideoClassification(Classification):
     def predict(self, model: nn.Module, image: EncodedImage, classes: Sequence[str]) -> Prediction:
         """Raises ValueError: a picture is no video."""
         raise ValueError(
-            "a model of videos says nothing of a picture: pack the videos, and see launch/evaluate.py's predictions"
+            "a model of videos says nothing of a picture: pack the videos, and let launch/evaluate.py judge them"
         )

@@ -59,9 +59,9 @@ def test_make_demo_keeps_its_promises() -> None:
 @pytest.mark.long
 def test_make_demo_dense_keeps_its_promises() -> None:
     made("demo-dense")
-    detection = json.loads((ROOT / "runs/evaluation_detection/evaluation.json").read_text())
+    detection = json.loads((ROOT / "runs/demo_evaluation_detection/evaluation.json").read_text())
     assert detection["box_ap"] >= 0.50 and detection["mask_ap"] >= 0.45 and detection["samples"] == 100
-    segmentation = json.loads((ROOT / "runs/evaluation_segmentation/evaluation.json").read_text())
+    segmentation = json.loads((ROOT / "runs/demo_evaluation_segmentation/evaluation.json").read_text())
     assert segmentation["miou"] >= 0.70 and segmentation["samples"] == 100
     for name in ("demo_detection", "demo_segmentation"):
         assert (ROOT / "runs" / name / "report.html").exists()

@@ -126,6 +126,7 @@ def test_a_shard_that_ends_too_early_is_one_line_from_a_worker_too(packed, capsy
         (["--global-batch", "8", "--weights", "1", "2"], "2.0] for 1 sources"),
         (["--global-batch", "400"], "choose a global batch of 1 to 359"),
         (["--global-batch", "8", "--world", "3"], "--global-batch 8 is no multiple of --world 3"),
+        (["--global-batch", "8", "--world", "0"], "--world 0 is no number of ranks; choose 1 or more"),
         (["--global-batch", "8", "--world", "2", "--rank", "2"], "--rank 2 is not one of 0 to 1"),
     ],
 )
@@ -134,6 +135,11 @@ def test_errors_are_one_line_and_exit_code_2(packed, capsys, options, message):
     lines = capsys.readouterr().err.splitlines()
     assert lines[-1].startswith("error: ") and message in lines[-1]
     assert not any("Traceback" in line for line in lines)
+
+
+def test_stats_need_an_open_shard(packed, capsys):
+    assert main(["data", "stats", str(packed), "--open-shards", "0"]) == 2
+    assert "open_shards is 0; choose 1 or more" in capsys.readouterr().err
 
 
 def test_missing_path(tmp_path, capsys):

@@ -222,7 +222,7 @@ def test_a_missing_plug_in_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "s3fs", None)
     for protocol in ("s3", "s3a"):  # which an earlier test may have loaded
         monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, protocol, raising=False)
-    with pytest.raises(ReadError, match=r"pip install swinv2-scale\[s3\]"):
+    with pytest.raises(ReadError, match=r"pip install 'swinv2-scale\[s3\]'"):
         make_reader().read("s3://bucket/a.tar", 0, 5, size=5)
 
 

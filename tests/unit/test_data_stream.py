@@ -251,6 +251,11 @@ def test_evaluation_sees_every_sample_exactly_once(make, world_size, batch, work
     assert all(len(part["key"]) <= batch for batches in ranks for part in batches)
 
 
+def test_an_evaluation_needs_a_batch(make):
+    with pytest.raises(ValueError, match="a batch of 0 samples is none: choose 1 or more"):
+        evaluate(make(), batch=0)
+
+
 def test_masks_of_an_evaluation_do_not_depend_on_the_world(make):
     manifest = make()
 

@@ -123,7 +123,7 @@ def test_a_file_without_a_picture_is_corrupt() -> None:
 
 def test_without_the_package(monkeypatch: pytest.MonkeyPatch, film: bytes) -> None:
     monkeypatch.setitem(__import__("sys").modules, "av", None)
-    with pytest.raises(ValueError, match=r"pip install swinv2-scale\[video\]") as caught:
+    with pytest.raises(ValueError, match=r"pip install 'swinv2-scale\[video\]'") as caught:
         EncodedVideo(film).frames([0])
     assert not isinstance(caught.value, CorruptSampleError)  # or every video would be replaced by the next
 

@@ -14,6 +14,7 @@ LONGEST_LAUNCHER = 80
 # A module may import modules of its own layer and of those below. The longest prefix of a module's name counts.
 LAYERS = {
     "swinv2_scale.config": 0,
+    "swinv2_scale.limits": 0,
     "swinv2_scale.distributed": 0,
     "swinv2_scale.signals": 0,
     "swinv2_scale.ops": 1,

@@ -129,7 +129,7 @@ def test_a_site_has_a_file_of_its_own(tmp_path: Path, monkeypatch: pytest.Monkey
         ([*JOB, *RUN, "cluster=slrm"], r"cluster=slrm: no such choice. Did you mean 'slurm'\?"),
         (RUN, "needs a value for cluster.accelerators, cluster.time: add cluster.accelerators=…"),
         ([*JOB, *RUN, "cluster.time=60"], "cluster.time=60 is a number: write it as"),
-        ([*JOB, *RUN, "nodes=0"], "nodes=0: give a number from 1"),
+        ([*JOB, *RUN, "nodes=0"], "nodes=0 must be a whole number of at least 1"),
         (["pretain", *JOB, *RUN], "'pretain' is no stage: give one of pretrain, finetune, evaluate"),
         ([*JOB, *RUN, "nodes=3"], "global_batch=64"),
         ([*JOB, *RUN, "array=0-1"], "the jobs would share .*/runs/x: put %a into name=…"),
