@@ -326,10 +326,14 @@ struct Task {
     }
   }
 
+  // Of either direction: forward keeps less of a window, and so takes more of them at a time.
   static size_t scratch_bytes(const Problem& p) {
     Call call{};
     call.problem = p;
-    return size_t(Task(call, true, nullptr).next - static_cast<char*>(nullptr));
+    const auto bytes = [&](bool backward) {
+      return size_t(Task(call, backward, nullptr).next - static_cast<char*>(nullptr));
+    };
+    return bytes(false) > bytes(true) ? bytes(false) : bytes(true);
   }
 
   // -- the head's table --

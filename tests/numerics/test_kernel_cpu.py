@@ -73,6 +73,26 @@ def test_head_widths(sets, monkeypatch) -> None:
     check(selfcheck.widths(), sets, monkeypatch)
 
 
+@pytest.mark.parametrize("dtype", native.TYPES, ids=str)
+@pytest.mark.parametrize(("side", "windows"), [(8, 1100), (16, 550)])
+def test_many_windows_are_as_few(side: int, windows: int, dtype: torch.dtype, sets, monkeypatch) -> None:
+    """A task takes as many windows at a time as fit its scratch memory; only large batches have so many for it."""
+    torch.manual_seed(0)
+    qkv = torch.randn(windows, side, side, 3, 1, 32, dtype=dtype)
+    scale, table = torch.zeros(1), torch.randn(1, 2 * side - 1, 2 * side - 1)
+
+    def both(x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x.clone().requires_grad_()
+        out = cosine_window_attention(x, scale, table, window=(side, side), shift=(0, 0), implementation="kernel")
+        return out.detach(), *torch.autograd.grad(out, x, out.detach())
+
+    for name in {*sets[:1], *sets[-1:]}:
+        monkeypatch.setenv(native.FORCE, name)
+        parts = [both(part) for part in qkv.split(50)]
+        for whole, of_parts in zip(both(qkv), zip(*parts, strict=True), strict=True):
+            assert torch.equal(whole, torch.cat(of_parts)), name
+
+
 @pytest.mark.parametrize("dtype", [*native.TYPES, torch.float64], ids=str)
 def test_all_zero_tokens(dtype, sets, monkeypatch) -> None:
     qkv, *rest = draw((5, 6), (3, 4), batch=2, dtype=dtype)
