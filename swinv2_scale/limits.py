@@ -6,7 +6,7 @@ check({"micro_batch": None})   ValueError: micro_batch=None must be a whole numb
 from collections.abc import Mapping
 from typing import Any
 
-OPEN = "%a"  # stands for a number that the cluster will know
+INDEX = "%a"  # in settings of an array of jobs: the number in it, which a job is given when it starts
 CHOICES = {"precision": ("bf16", "fp16", "fp32")}
 # The smallest value.
 WHOLE = {
@@ -88,7 +88,7 @@ def check(settings: Mapping[str, Any]) -> dict[str, int]:
     """
     whole = {}
     for key, value in settings.items():
-        if (value is None and key in MAY_BE_NULL) or (isinstance(value, str) and OPEN in value):
+        if (value is None and key in MAY_BE_NULL) or (isinstance(value, str) and INDEX in value):
             continue
         if (expected := _expected(key, value)) is not None:
             null = ", or null" if key in MAY_BE_NULL else ""

@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from swinv2_scale import config
+from swinv2_scale.limits import INDEX
 from swinv2_scale.parallel import batch_arithmetic
 
 SCRIPTS = ("pretrain", "finetune", "evaluate")
 OWN = re.compile(r"(cluster|nodes|array|preflight|restarts|kills)(\.[\w.]+)?=")  # the settings of conf/submit.yaml
-INDEX = "%a"  # in settings of an array: the job's number in it
 
 
 @dataclass
