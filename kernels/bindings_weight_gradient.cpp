@@ -46,6 +46,7 @@ std::tuple<Tensor, Tensor> weight_gradient(Tensor grad, Tensor x) {
   STD_TORCH_CHECK(x.size(0) == grad.size(0), "x has ", x.size(0), " tokens, grad ", grad.size(0));
   Call call{};
   call.tokens = grad.size(0), call.outputs = int(grad.size(1)), call.inputs = int(x.size(1));
+  call.threads = int(torch::stable::get_num_threads());
   // As many chunks as keep many threads busy; never a function of how many there are.
   call.chunks = call.tokens < 4096 ? 1 : call.tokens < 32768 ? call.tokens / 2048 : 16;
   Tensor parts = torch::stable::new_empty(grad, {call.chunks, call.outputs, call.inputs}, ScalarType::Float);
@@ -56,7 +57,7 @@ std::tuple<Tensor, Tensor> weight_gradient(Tensor grad, Tensor x) {
   call.weight_parts = static_cast<float*>(parts.data_ptr());
   call.bias_parts = static_cast<float*>(bias_parts.data_ptr());
   over_tasks(kernel().tasks(call), [&](int64_t task) { kernel().task(call, task); });
-  over_tasks(call.outputs / 16, [&](int64_t row) { kernel().add_parts(call, 16 * row); });
+  over_tasks(call.outputs / 32 * (call.inputs / 32), [&](int64_t square) { kernel().add_parts(call, square); });
   partials::sum(bias_parts, bias, call.chunks);
   return {out, bias};
 }

@@ -5,6 +5,11 @@
 // over a chunk of the tokens, lays out some tokens of both maps as tiles at a time. Transposing takes longest: the left map
 // is the one with fewer channels, and if that is x, it is the transposed result that is computed.
 //
+// Memory decides how fast it is. A block is as large as a core's second cache holds, so that maps are laid out few times; the
+// left map's tiles stay there, the right one's come a strip at a time; while a strip is multiplied, the lines of the next, and
+// of the left map's next tokens, are on their way; and sums lie square by square, each in memory of its own (4 KiB), not in
+// rows whose lines would fall into the same few places of the first cache.
+//
 // What is summed in which order depends on the shapes alone: results are the same at any number of threads. There is nothing
 // here for processors without AMX.
 
@@ -21,11 +26,14 @@ using namespace vectors;
 
 constexpr int DEPTH = 32;               // tokens of a tile
 constexpr int TILE = 16 * DEPTH;        // its words
-constexpr int TOKENS = 512;             // that a task has in tiles at a time: with its channels less than a core's cache
-constexpr int LEFT = 192, RIGHT = 512;  // channels of a task
+constexpr int TOKENS = 256;             // that a task has in tiles at a time
+constexpr int LEFT = 512, RIGHT = 512;  // channels of a task: its sums are 1 MiB, half of the second cache
+constexpr int STRIP = 128;              // channels of the right map that are tiles at a time
+constexpr int GAP = DEPTH;              // words between columns of right tiles, which else fall into one place of the first cache
+constexpr int SQUARE = 32, SUMS = SQUARE * SQUARE;
 
 struct Room {  // of a thread, for as long as it lives
-  alignas(64) BFloat16 left[LEFT * TOKENS], right[RIGHT * TOKENS];
+  alignas(64) BFloat16 left[LEFT * TOKENS], right[STRIP * TOKENS + STRIP / 16 * GAP];
   alignas(64) float left_sums[16 * LEFT], right_sums[RIGHT];
 };
 
@@ -98,7 +106,7 @@ void lay_out_left(const BFloat16* map, int64_t stride, int channels, int64_t tok
     }
 }
 
-// The same as right tiles (channels / 16, steps, 16 pairs of tokens, 16 channels); `sums` (channels).
+// The same as right tiles (channels / 16, steps, 16 pairs of tokens, 16 channels), a gap after the steps; `sums` (channels).
 void lay_out_right(const BFloat16* map, int64_t stride, int channels, int64_t tokens, int steps, BFloat16* tiles, float* sums) {
   const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
   for (int pair = 0; pair < steps * 16; ++pair)
@@ -106,21 +114,37 @@ void lay_out_right(const BFloat16* map, int64_t stride, int channels, int64_t to
       const Pairs p = pairs(map + 2 * pair * stride + channel, stride, tokens - 2 * pair);
       const __m512i a = _mm512_permutex2var_epi64(p.low, first, p.high);
       const __m512i b = _mm512_permutex2var_epi64(p.low, second, p.high);
-      BFloat16* to = tiles + channel / 16 * steps * TILE + pair * DEPTH;
-      _mm512_store_si512(to, a), _mm512_store_si512(to + steps * TILE, b);
+      BFloat16* to = tiles + channel / 16 * (steps * TILE + GAP) + pair * DEPTH;
+      _mm512_store_si512(to, a), _mm512_store_si512(to + steps * TILE + GAP, b);
       if (sums) add_pairs(sums + channel, a), add_pairs(sums + channel + 16, b);
     }
 }
 
-// 32 × 32 of the result: left · right over all steps, added to what is there or in its place.
-INLINE void multiply(const BFloat16* left, const BFloat16* right, int steps, float* out, int64_t stride, bool add) {
-  const int64_t next = steps * TILE, bytes = stride * sizeof(float);
-  float* below = out + 16 * stride;
+// Tokens of a map that are wanted soon: some lines of them are asked for at each step of a product.
+struct Ahead {
+  const BFloat16* map;
+  int64_t stride;
+  int channels, tokens, each, channel;
+
+  Ahead(const BFloat16* map, int64_t stride, int channels, int64_t tokens, int steps)
+      : map(map), stride(stride), channels(channels), tokens(int(tokens)), each(over(channels / 32 * tokens, steps)), channel(0) {}
+
+  INLINE void step() {
+    for (int i = 0; i < each && tokens > 0; ++i) {
+      _mm_prefetch(map + channel, _MM_HINT_T1);
+      if ((channel += 32) == channels) channel = 0, map += stride, --tokens;
+    }
+  }
+};
+
+// A square of sums, as four tiles: left · right over all steps, added to what is there or in its place.
+INLINE void multiply(const BFloat16* left, const BFloat16* right, int steps, float* out, bool add, Ahead& one, Ahead& other) {
+  const int64_t below = steps * TILE, beside = below + GAP;
   if (add) {
-    _tile_loadd(0, out, bytes);
-    _tile_loadd(1, out + 16, bytes);
-    _tile_loadd(2, below, bytes);
-    _tile_loadd(3, below + 16, bytes);
+    _tile_loadd(0, out, 64);
+    _tile_loadd(1, out + 256, 64);
+    _tile_loadd(2, out + 512, 64);
+    _tile_loadd(3, out + 768, 64);
   } else {
     _tile_zero(0);
     _tile_zero(1);
@@ -128,39 +152,79 @@ INLINE void multiply(const BFloat16* left, const BFloat16* right, int steps, flo
     _tile_zero(3);
   }
   for (int step = 0; step < steps; ++step, left += TILE, right += TILE) {
+    one.step(), other.step();
     _tile_loadd(4, left, 64);
     _tile_loadd(6, right, 64);
     _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(7, right + next, 64);
+    _tile_loadd(7, right + beside, 64);
     _tile_dpbf16ps(1, 4, 7);
-    _tile_loadd(5, left + next, 64);
+    _tile_loadd(5, left + below, 64);
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
   }
-  _tile_stored(0, out, bytes);
-  _tile_stored(1, out + 16, bytes);
-  _tile_stored(2, below, bytes);
-  _tile_stored(3, below + 16, bytes);
+  _tile_stored(0, out, 64);
+  _tile_stored(1, out + 256, 64);
+  _tile_stored(2, out + 512, 64);
+  _tile_stored(3, out + 768, 64);
 }
 
-bool is_transposed(const Call& call) { return call.inputs < call.outputs; }  // x is the left map
+// The result's height and width as it is computed, and how many blocks it is cut into: enough for all threads.
+struct Blocks {
+  bool swap;  // x is the left map
+  int height, width, rows, columns, down, across;
+
+  explicit Blocks(const Call& call) : swap(call.inputs < call.outputs) {
+    height = swap ? call.inputs : call.outputs, width = swap ? call.outputs : call.inputs;
+    cut(over(height, LEFT), over(width, RIGHT));
+    while (!fills(call) && columns > STRIP) cut(down, across + 1);
+    while (!fills(call) && rows > STRIP) cut(down + 1, across);
+  }
+  void cut(int parts_down, int parts_across) {
+    rows = up_to(over(height, parts_down), SQUARE), columns = up_to(over(width, parts_across), SQUARE);
+    down = parts_down, across = parts_across;
+  }
+  bool fills(const Call& call) const {
+    const int64_t count = call.chunks * down * across;
+    return count % call.threads == 0 || count >= 4 * call.threads;
+  }
+  float* sums(const Call& call, int64_t chunk, int row, int column) const {
+    return call.weight_parts + chunk * height * width + (column / SQUARE * (height / SQUARE) + row / SQUARE) * int64_t(SUMS);
+  }
+};
+
+// Adds a square's sums over all chunks, and writes them where they belong in the gradient.
+void finish(const Call& call, const Blocks& blocks, int row, int column) {
+  __m512i tiles[4][16];
+  for (int i = 0; i < 64; ++i) {
+    Vec<float> total{};
+    for (int64_t chunk = 0; chunk < call.chunks; ++chunk) total += load(blocks.sums(call, chunk, row, column) + 16 * i);
+    tiles[i / 16][i % 16] = (__m512i)total;
+  }
+  if (blocks.swap)
+    for (auto& tile : tiles) transpose(tile);
+  BFloat16* out = static_cast<BFloat16*>(call.weight_grad) + (blocks.swap ? column * int64_t(call.inputs) + row : row * int64_t(call.inputs) + column);
+  for (int i = 0; i < SQUARE; ++i, out += call.inputs) {
+    const __m512i *first = tiles[blocks.swap ? i / 16 : i / 16 * 2], *second = tiles[blocks.swap ? 2 + i / 16 : i / 16 * 2 + 1];
+    store_narrow(out, (Vec<float>)first[i % 16]), store_narrow(out + 16, (Vec<float>)second[i % 16]);
+  }
+}
 
 int64_t tasks(const Call& call) {
-  const bool swap = is_transposed(call);
-  return call.chunks * over(swap ? call.inputs : call.outputs, LEFT) * over(swap ? call.outputs : call.inputs, RIGHT);
+  const Blocks blocks(call);
+  return call.chunks * blocks.down * blocks.across;
 }
 
 void task(const Call& call, int64_t number) {
   static thread_local Room* const room = new Room;
-  const bool swap = is_transposed(call);
-  const int height = swap ? call.inputs : call.outputs, width = swap ? call.outputs : call.inputs;
-  const int down = over(height, LEFT), across = over(width, RIGHT);
-  const int64_t chunk = number / (across * down);
-  const int row = int(number / across % down) * LEFT, column = int(number % across) * RIGHT;
-  const int rows = least(LEFT, height - row), columns = least(RIGHT, width - column);
+  const Blocks blocks(call);
+  const bool swap = blocks.swap;
+  const int height = blocks.height, width = blocks.width;
+  const int64_t chunk = number / (blocks.across * blocks.down);
+  const int row = int(number / blocks.across % blocks.down) * blocks.rows, column = int(number % blocks.across) * blocks.columns;
+  const int rows = least(blocks.rows, height - row), columns = least(blocks.columns, width - column);
+  if (rows <= 0 || columns <= 0) return;  // the blocks before have all of it
   const BFloat16* left = static_cast<const BFloat16*>(swap ? call.x : call.grad) + row;
   const BFloat16* right = static_cast<const BFloat16*>(swap ? call.grad : call.x) + column;
-  float* out = call.weight_parts + (chunk * height + row) * width + column;
   // The sums of grad's rows: only of one of the tasks that have these.
   float *left_sums = !swap && column == 0 ? room->left_sums : nullptr, *right_sums = swap && row == 0 ? room->right_sums : nullptr;
   if (left_sums) memset(left_sums, 0, sizeof room->left_sums);
@@ -175,14 +239,27 @@ void task(const Call& call, int64_t number) {
   const int64_t begin = call.tokens * chunk / call.chunks, end = call.tokens * (chunk + 1) / call.chunks;
   for (int64_t token = begin; token < end; token += TOKENS) {
     const int tokens = end - token < TOKENS ? int(end - token) : TOKENS, steps = over(tokens, DEPTH);
+    const int64_t next = token + tokens, later = end - next < TOKENS ? end - next : TOKENS;  // tokens of the next round
     lay_out_left(left + token * height, height, rows, tokens, steps, room->left, left_sums);
-    lay_out_right(right + token * width, width, columns, tokens, steps, room->right, right_sums);
-    for (int j = 0; j < columns; j += 32)
-      for (int i = 0; i < rows; i += 32)
-        multiply(room->left + i / 16 * steps * TILE, room->right + j / 16 * steps * TILE, steps, out + i * int64_t(width) + j,
-                 width, token > begin);
+    for (int strip = 0; strip < columns; strip += STRIP) {
+      const int wide = least(STRIP, columns - strip), end_of_strip = strip + wide;
+      lay_out_right(right + token * width + strip, width, wide, tokens, steps, room->right, right_sums ? right_sums + strip : nullptr);
+      const bool last = end_of_strip == columns;
+      const int all_steps = wide / SQUARE * (rows / SQUARE) * steps;
+      const int64_t some = later * strip / columns, until = later * end_of_strip / columns;  // of the left map's next tokens
+      Ahead of_left(left + (next + some) * height, height, rows, until - some, all_steps);
+      Ahead of_right(right + (last ? next * width : token * width + end_of_strip), width,
+                     least(STRIP, last ? columns : columns - end_of_strip), last ? later : tokens, all_steps);
+      for (int j = 0; j < wide; j += SQUARE)
+        for (int i = 0; i < rows; i += SQUARE)
+          multiply(room->left + i / 16 * steps * TILE, room->right + j / 16 * (steps * TILE + GAP), steps,
+                   blocks.sums(call, chunk, row + i, column + strip + j), token > begin, of_left, of_right);
+    }
   }
   _tile_release();
+  if (call.chunks == 1)  // while they are near
+    for (int j = 0; j < columns; j += SQUARE)
+      for (int i = 0; i < rows; i += SQUARE) finish(call, blocks, row + i, column + j);
 
   float* bias = call.bias_parts + chunk * call.outputs;
   if (left_sums)
@@ -190,22 +267,10 @@ void task(const Call& call, int64_t number) {
   if (right_sums) memcpy(bias + column, right_sums, columns * sizeof(float));
 }
 
-void add_parts(const Call& call, int64_t row) {
-  BFloat16* out = static_cast<BFloat16*>(call.weight_grad) + row * call.inputs;
-  const int64_t count = int64_t(call.outputs) * call.inputs;
-  const bool swap = is_transposed(call);
-  for (int column = 0; column < call.inputs; column += 16) {
-    const float* from = call.weight_parts + (swap ? column * int64_t(call.outputs) + row : row * int64_t(call.inputs) + column);
-    const int64_t stride = swap ? call.outputs : call.inputs;
-    __m512i sums[16];
-    for (int i = 0; i < 16; ++i) {
-      Vec<float> total = load(from + i * stride);
-      for (int64_t chunk = 1; chunk < call.chunks; ++chunk) total += load(from + chunk * count + i * stride);
-      sums[i] = (__m512i)total;
-    }
-    if (swap) transpose(sums);
-    for (int i = 0; i < 16; ++i) store_narrow(out + i * call.inputs + column, (Vec<float>)sums[i]);
-  }
+void add_parts(const Call& call, int64_t square) {
+  const Blocks blocks(call);
+  const int down = blocks.height / SQUARE;
+  if (call.chunks > 1) finish(call, blocks, int(square % down) * SQUARE, int(square / down) * SQUARE);
 }
 
 }  // namespace

@@ -9,7 +9,7 @@ namespace swinv2_weight_gradient {
 // Maps are bfloat16, sums float32. Channels are multiples of 32.
 struct Call {
   int64_t tokens, chunks;            // of tokens: each has a part of the sums
-  int outputs, inputs;               // channels of the layer
+  int outputs, inputs, threads;      // channels of the layer; how many threads share the tasks
   const void *grad, *x;              // (tokens, outputs), (tokens, inputs)
   float *weight_parts, *bias_parts;  // (chunks, outputs · inputs), (chunks, outputs)
   void* weight_grad;                 // (outputs, inputs), bfloat16
@@ -18,7 +18,7 @@ struct Call {
 struct Kernel {
   int64_t (*tasks)(const Call&);
   void (*task)(const Call&, int64_t number);   // any order, any thread; after all of them
-  void (*add_parts)(const Call&, int64_t row);  // 16 rows of weight_grad
+  void (*add_parts)(const Call&, int64_t row);  // 32 × 32 of weight_grad
 };
 
 extern const Kernel portable;

@@ -117,11 +117,11 @@ def _parameter_gradients(
 
 
 def _takes_tiles(grad: Tensor, x: Tensor) -> bool:
-    """Whether the native product is there, and faster than PyTorch's: maps are long and narrow."""
+    """Whether the native product is there, and faster than PyTorch's: maps are longer than wide."""
     if grad.device.type != "cpu" or grad.dtype != torch.bfloat16 or "cpu" in native.missing:
         return False
     tokens, narrow = len(x), min(x.shape[1], grad.shape[1])
-    fits = x.shape[1] % 32 == 0 and grad.shape[1] % 32 == 0 and tokens >= 4 * narrow
+    fits = x.shape[1] % 32 == 0 and grad.shape[1] % 32 == 0 and tokens >= narrow
     return fits and torch.ops.swinv2_scale.has_weight_gradient()
 
 

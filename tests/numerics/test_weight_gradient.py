@@ -18,7 +18,8 @@ pytestmark = [
 
 # Tokens, outputs, inputs: tiles that are not full, several blocks of tokens and chunks, blocks of either map's channels
 # that are not full, x as the left map and grad as the left map, and maps of one token.
-SHAPES = [(1, 32, 32), (31, 96, 32), (33, 32, 96), (545, 288, 96), (700, 64, 544), (4700, 224, 224), (4099, 576, 32)]
+SHAPES = [(1, 32, 32), (31, 96, 32), (33, 32, 96), (545, 288, 96), (700, 64, 1056), (300, 1184, 544), (4700, 224, 224)]
+SHAPES += [(4099, 576, 32), (4200, 544, 544)]
 
 
 def maps(tokens: int, outputs: int, inputs: int) -> tuple[Tensor, Tensor]:
@@ -66,9 +67,9 @@ def test_what_does_not_fit_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "taken"), [(128, True), (127, False)], ids=["many tokens", "fewer than four times the channels"]
+    ("tokens", "taken"), [(32, True), (31, False)], ids=["as many tokens as channels", "fewer"]
 )
-def test_layers_take_it_for_long_narrow_maps(tokens: int, taken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_take_it_for_maps_longer_than_wide(tokens: int, taken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A linear layer once, an MLP twice; and gradients are those that they have without."""
     shapes = [(1, tokens, 32), (64, 32), (64,), (32, 64), (32,)]
     tensors = [(torch.randn(shape) / shape[-1] ** 0.5).bfloat16() for shape in shapes]
