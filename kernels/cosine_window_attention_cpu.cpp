@@ -395,8 +395,7 @@ struct Task {
     for (int q = 0; q < tile_rows; ++q) {
       const T* from = bias_grad + int64_t(q) * KEY_TILE;
       T* to = table_grad + query_offset(tile_query + q);
-      for (int r = 0; r < run_count; ++r)
-        for (int i = 0; i < runs[r].length; ++i) to[runs[r].offset + i] += from[runs[r].key + i];
+      for (int r = 0; r < run_count; ++r) add(to + runs[r].offset, from + runs[r].key, runs[r].length);
     }
   }
 

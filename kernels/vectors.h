@@ -61,6 +61,7 @@ constexpr double LOG2_E = 1.4426950408889634, LN_2 = 0.6931471805599453;
 
 INLINE int least(int a, int b) { return a < b ? a : b; }
 INLINE int most(int a, int b) { return a < b ? b : a; }
+INLINE int over(int count, int part) { return (count + part - 1) / part; }  // rounded up
 INLINE int up_to(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 template <class To, class From>
@@ -83,6 +84,21 @@ INLINE Vec<T> load(const T* p) {
 template <class T>
 INLINE void store(T* p, Vec<T> x) {
   memcpy(p, &x, sizeof x);
+}
+// Adds `count` elements.
+template <class T>
+INLINE void add(T* to, const T* from, int count) {
+  int i = 0;
+  for (; i + LANES<T> <= count; i += LANES<T>) store(to + i, load(to + i) + load(from + i));
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    const __mmask16 rest = __mmask16((1u << (count - i)) - 1);
+    const __m512 total = _mm512_add_ps(_mm512_maskz_loadu_ps(rest, to + i), _mm512_maskz_loadu_ps(rest, from + i));
+    _mm512_mask_storeu_ps(to + i, rest, total);
+    return;
+  }
+#endif
+  for (; i < count; ++i) to[i] += from[i];
 }
 template <class T>
 INLINE T sum(Vec<T> x) {

@@ -37,8 +37,6 @@ struct Room {  // of a thread, for as long as it lives
   alignas(64) float left_sums[16 * LEFT], right_sums[RIGHT];
 };
 
-int over(int count, int part) { return (count + part - 1) / part; }
-
 // Two tokens of 32 channels, the second after the first, zeros for those that do not exist, as pairs of words. Of each 8
 // channels the first four are in `low`. The next tile's tokens are on their way.
 struct Pairs {
