@@ -94,11 +94,12 @@ Problem problem_of(const Tensor& qkv, const Tensor& logit_scale, const Tensor& b
 // -- running -------------------------------------------------------------------------------------------------------------
 
 // Chunks of windows, which with heads make the tasks: enough for many threads, and never a function of how many there
-// are, so that sums are added in one order. Partial gradients of the table grow with it; at one chunk per window they take
-// a twelfth of a bfloat16 qkv with heads of 32 in two dimensions, a sixth in three.
+// are, so that sums are added in one order. A chunk of more windows lays out the bias, and adds up its gradient, fewer
+// times. Partial gradients of the table grow with the chunks; at one chunk per window they take a twelfth of a bfloat16 qkv
+// with heads of 32 in two dimensions, a sixth in three.
 int64_t chunks_of(const Problem& p) {
-  const int64_t windows = p.batch * p.windows();
-  return windows < 64 ? windows : 64;
+  const int64_t windows = p.batch * p.windows(), most = p.heads > 16 ? 8 : 128 / p.heads;
+  return windows < most ? windows : most;
 }
 
 template <class Run>

@@ -29,7 +29,7 @@ from swinv2_scale.ops.windows import fit_window, padded_grid
 
 EXACT = 4  # bytes of float32: inside norms, position bias, logits, loss
 BIAS_HIDDEN = 512  # of the network of the position bias
-CPU_CHUNKS = 64  # chunks_of() of kernels/bindings.cpp: partial gradients of the bias table
+CPU_TASKS, CPU_CHUNKS = 128, 8  # chunks_of() of kernels/bindings.cpp: partial gradients of the bias table
 
 
 class Op(NamedTuple):
@@ -376,7 +376,7 @@ def _kernel_scratch(device: str, padded: int, tokens: int, heads: int, window: S
     """
     offsets, windows = math.prod(2 * w - 1 for w in window), padded // math.prod(window)
     if device == "cpu":
-        return EXACT * min(windows, CPU_CHUNKS) * heads * offsets
+        return EXACT * min(windows, max(CPU_TASKS // heads, CPU_CHUNKS)) * heads * offsets
     room = max(2**22, 2 * tokens * heads)
     slots = max(1, min(room // (heads * (offsets + 1)), (2048 + heads - 1) // heads, padded))
     return EXACT * (tokens * heads + slots * heads * (offsets + 1))
