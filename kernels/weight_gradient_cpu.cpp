@@ -1,14 +1,14 @@
 // The gradients of a linear layer's weight and bias, gradᵀ · x and the sum of grad's rows, in bfloat16 by AMX tiles.
 //
 // Tokens are what is summed over, and they are the rows of both maps. Tiles want them along the rows of the left matrix, and
-// in pairs along the columns of the right one: 16 rows of 32 words, and 16 rows of 16 pairs. So a task, a block of the result
-// over a chunk of the tokens, lays out some tokens of both maps as tiles at a time. Transposing takes longest: the left map
-// is the one with fewer channels, and if that is x, it is the transposed result that is computed.
+// in pairs along the columns of the right one: 16 rows of 32 words, and 16 rows of 16 pairs. So a task, a block of the
+// result over a chunk of the tokens, lays out some tokens of both maps as tiles at a time. Transposing takes longest: the
+// left map is the one with fewer channels, and if that is x, it is the transposed result that is computed.
 //
 // Memory decides how fast it is. A block is as large as a core's second cache holds, so that maps are laid out few times; the
-// left map's tiles stay there, the right one's come a strip at a time; while a strip is multiplied, the lines of the next, and
-// of the left map's next tokens, are on their way; and sums lie square by square, each in memory of its own (4 KiB), not in
-// rows whose lines would fall into the same few places of the first cache.
+// left map's tiles stay there, the right one's come a strip at a time; while a strip is multiplied, the lines of the next,
+// and of the left map's next tokens, are on their way; and sums lie square by square, each in memory of its own (4 KiB),
+// not in rows whose lines would fall into the same few sets of the first cache.
 //
 // What is summed in which order depends on the shapes alone: results are the same at any number of threads. There is nothing
 // here for processors without AMX.
@@ -29,7 +29,7 @@ constexpr int TILE = 16 * DEPTH;        // its words
 constexpr int TOKENS = 256;             // that a task has in tiles at a time
 constexpr int LEFT = 512, RIGHT = 512;  // channels of a task: its sums are 1 MiB, half of the second cache
 constexpr int STRIP = 128;              // channels of the right map that are tiles at a time
-constexpr int GAP = DEPTH;              // words between columns of right tiles, which else fall into one place of the first cache
+constexpr int GAP = DEPTH;              // words between columns of right tiles: else all fall into one set of the first cache
 constexpr int SQUARE = 32, SUMS = SQUARE * SQUARE;
 
 struct Room {  // of a thread, for as long as it lives
@@ -104,7 +104,7 @@ void lay_out_left(const BFloat16* map, int64_t stride, int channels, int64_t tok
     }
 }
 
-// The same as right tiles (channels / 16, steps, 16 pairs of tokens, 16 channels), a gap after the steps; `sums` (channels).
+// The same as right tiles (channels / 16, steps, 16 pairs of tokens, 16 channels), with gaps; `sums` (channels).
 void lay_out_right(const BFloat16* map, int64_t stride, int channels, int64_t tokens, int steps, BFloat16* tiles, float* sums) {
   const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
   for (int pair = 0; pair < steps * 16; ++pair)
@@ -124,8 +124,8 @@ struct Ahead {
   int64_t stride;
   int channels, tokens, each, channel;
 
-  Ahead(const BFloat16* map, int64_t stride, int channels, int64_t tokens, int steps)
-      : map(map), stride(stride), channels(channels), tokens(int(tokens)), each(over(channels / 32 * tokens, steps)), channel(0) {}
+  Ahead(const BFloat16* map, int64_t stride, int channels, int tokens, int steps)
+      : map(map), stride(stride), channels(channels), tokens(tokens), each(over(channels / 32 * tokens, steps)), channel(0) {}
 
   INLINE void step() {
     for (int i = 0; i < each && tokens > 0; ++i) {
@@ -200,11 +200,11 @@ void finish(const Call& call, const Blocks& blocks, int row, int column) {
   }
   if (blocks.swap)
     for (auto& tile : tiles) transpose(tile);
-  BFloat16* out = static_cast<BFloat16*>(call.weight_grad) + (blocks.swap ? column * int64_t(call.inputs) + row : row * int64_t(call.inputs) + column);
-  for (int i = 0; i < SQUARE; ++i, out += call.inputs) {
-    const __m512i *first = tiles[blocks.swap ? i / 16 : i / 16 * 2], *second = tiles[blocks.swap ? 2 + i / 16 : i / 16 * 2 + 1];
-    store_narrow(out, (Vec<float>)first[i % 16]), store_narrow(out + 16, (Vec<float>)second[i % 16]);
-  }
+  const int output = blocks.swap ? column : row, input = blocks.swap ? row : column;
+  const int beside = blocks.swap ? 2 : 1, below = 3 - beside;  // from a tile to its neighbours
+  BFloat16* out = static_cast<BFloat16*>(call.weight_grad) + output * int64_t(call.inputs) + input;
+  for (int i = 0; i < SQUARE; ++i, out += call.inputs)
+    for (int j = 0; j < 2; ++j) store_narrow(out + 16 * j, (Vec<float>)tiles[i / 16 * below + j * beside][i % 16]);
 }
 
 int64_t tasks(const Call& call) {
@@ -218,13 +218,15 @@ void task(const Call& call, int64_t number) {
   const bool swap = blocks.swap;
   const int height = blocks.height, width = blocks.width;
   const int64_t chunk = number / (blocks.across * blocks.down);
-  const int row = int(number / blocks.across % blocks.down) * blocks.rows, column = int(number % blocks.across) * blocks.columns;
+  const int row = int(number / blocks.across % blocks.down) * blocks.rows;
+  const int column = int(number % blocks.across) * blocks.columns;
   const int rows = least(blocks.rows, height - row), columns = least(blocks.columns, width - column);
   if (rows <= 0 || columns <= 0) return;  // the blocks before have all of it
   const BFloat16* left = static_cast<const BFloat16*>(swap ? call.x : call.grad) + row;
   const BFloat16* right = static_cast<const BFloat16*>(swap ? call.grad : call.x) + column;
   // The sums of grad's rows: only of one of the tasks that have these.
-  float *left_sums = !swap && column == 0 ? room->left_sums : nullptr, *right_sums = swap && row == 0 ? room->right_sums : nullptr;
+  float* left_sums = !swap && column == 0 ? room->left_sums : nullptr;
+  float* right_sums = swap && row == 0 ? room->right_sums : nullptr;
   if (left_sums) memset(left_sums, 0, sizeof room->left_sums);
   if (right_sums) memset(right_sums, 0, sizeof room->right_sums);
 
@@ -236,18 +238,19 @@ void task(const Call& call, int64_t number) {
   _tile_loadconfig(&shape);
   const int64_t begin = call.tokens * chunk / call.chunks, end = call.tokens * (chunk + 1) / call.chunks;
   for (int64_t token = begin; token < end; token += TOKENS) {
-    const int tokens = end - token < TOKENS ? int(end - token) : TOKENS, steps = over(tokens, DEPTH);
-    const int64_t next = token + tokens, later = end - next < TOKENS ? end - next : TOKENS;  // tokens of the next round
+    const auto until = [&](int64_t from) { return end - from < TOKENS ? int(end - from) : TOKENS; };
+    const int tokens = until(token), steps = over(tokens, DEPTH);
+    const int64_t next = token + tokens;
     lay_out_left(left + token * height, height, rows, tokens, steps, room->left, left_sums);
     for (int strip = 0; strip < columns; strip += STRIP) {
-      const int wide = least(STRIP, columns - strip), end_of_strip = strip + wide;
-      lay_out_right(right + token * width + strip, width, wide, tokens, steps, room->right, right_sums ? right_sums + strip : nullptr);
-      const bool last = end_of_strip == columns;
-      const int all_steps = wide / SQUARE * (rows / SQUARE) * steps;
-      const int64_t some = later * strip / columns, until = later * end_of_strip / columns;  // of the left map's next tokens
-      Ahead of_left(left + (next + some) * height, height, rows, until - some, all_steps);
-      Ahead of_right(right + (last ? next * width : token * width + end_of_strip), width,
-                     least(STRIP, last ? columns : columns - end_of_strip), last ? later : tokens, all_steps);
+      const int wide = least(STRIP, columns - strip), done = strip + wide, more = until(next);
+      const BFloat16* here = right + token * width + strip;
+      lay_out_right(here, width, wide, tokens, steps, room->right, right_sums ? right_sums + strip : nullptr);
+      // What comes: a part of the left map's next tokens, and the right map's next strip.
+      const int all = wide / SQUARE * (rows / SQUARE) * steps, first = more * strip / columns, last = more * done / columns;
+      Ahead of_left(left + (next + first) * height, height, rows, last - first, all);
+      Ahead of_right = done < columns ? Ahead(here + STRIP, width, least(STRIP, columns - done), tokens, all)
+                                      : Ahead(right + next * width, width, least(STRIP, columns), more, all);
       for (int j = 0; j < wide; j += SQUARE)
         for (int i = 0; i < rows; i += SQUARE)
           multiply(room->left + i / 16 * steps * TILE, room->right + j / 16 * (steps * TILE + GAP), steps,
