@@ -8,7 +8,7 @@ import torch
 import swinv2_scale
 from swinv2_scale import config
 from swinv2_scale.models import memory
-from swinv2_scale.models.activations import activations
+from swinv2_scale.models.activations import _kernel_scratch, activations
 from swinv2_scale.models.dry_run import Live
 from swinv2_scale.models.simmim import SimMIM
 from swinv2_scale.ops import native
@@ -103,3 +103,17 @@ def test_offloaded_inputs_lie_on_the_host_of_an_accelerator() -> None:
     assert cpu.host == 0.0
     assert cuda.host > 0.0
     assert cuda.host + cuda.total == cpu.total
+
+
+@pytest.mark.parametrize(("images", "heads"), [(1, 4), (4, 4), (4, 32)], ids=["few windows", "few heads", "many heads"])
+def test_scratch_of_the_cpu_kernel_is_what_it_allocates(images: int, heads: int) -> None:
+    """The gradients of the bias table, one per task, are among the memory that the kernel asks for."""
+    window, side, channels = [4, 4], 16, 8
+    qkv, scale = torch.randn(images, side, side, 3, heads, channels), torch.zeros(heads)
+    table = torch.randn(heads, 7, 7)
+    arguments = (window, [0, 0], -100.0)
+    out, lse = torch.ops.swinv2_scale.cosine_window_attention_forward(qkv, scale, table, *arguments)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        torch.ops.swinv2_scale.cosine_window_attention_backward(out, qkv, scale, table, out, lse, *arguments)
+    asked = [event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    assert _kernel_scratch("cpu", images * side**2, images * side**2, heads, window) in asked
