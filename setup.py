@@ -32,7 +32,7 @@ AVX512 = ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", 
 INSTRUCTION_SETS = {"portable": []}  # of which the processor's best is chosen at run time; options of GCC and Clang
 if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS |= {"avx2": AVX512[:3], "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]}
-    INSTRUCTION_SETS["amx_bf16"] = [*INSTRUCTION_SETS["avx512_bf16"], "-mamx-tile", "-mamx-bf16"]
+    INSTRUCTION_SETS["amx_bf16"] = [*INSTRUCTION_SETS["avx512_bf16"], "-mamx-tile", "-mamx-bf16", "-mprfchw"]
 GPU_ARCHITECTURES = ["75", "80", "90", "100"]  # where no GPU says what it is
 GPU_TYPES = ["float32", "bfloat16", "float16"]
 

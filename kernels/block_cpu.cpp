@@ -6,7 +6,7 @@
 #include <string.h>
 
 #include "block_cpu.h"
-#include "normal_tail.h"
+#include "gelu_cpu.h"
 #include "vectors.h"
 
 namespace swinv2_block {
@@ -84,65 +84,24 @@ void norm_backward(const NormCall& call, int64_t chunk) {
   }
 }
 
-// The normal distribution at x: gelu(x) = x · below, its derivative below + x · density.
-template <class T>
-struct Normal {
-  Vec<T> below, density;
-};
-// 1 / x, to 14 bits where the result is rounded to the 8 of bfloat16: a division takes a third of GELU's time.
-template <class Element>
-INLINE Vec<float> reciprocal(Vec<float> x) {
-#if defined(__AVX512F__)
-  if (__is_same(Element, BFloat16)) return (Vec<float>)_mm512_rcp14_ps((__m512)x);
-#endif
-  return 1.0f / x;
-}
-template <class Element>
-INLINE Normal<float> normal(Vec<float> x) {
-  const Vec<float> bell = exp2(x * x * -0.7213475204444817f);  // exp(-x²/2)
-  const Vec<float> u = reciprocal<Element>(1.0f + normal_tail::SLOPE * (x < 0.0f ? -x : x));
-  const Vec<float> tail = 0.5f * u * normal_tail::polynomial(u) * bell;
-  return {x < 0.0f ? tail : 1.0f - tail, bell * 0.3989422804014327f};
-}
-template <class Element>
-INLINE Normal<double> normal(Vec<double> x) {
-  Normal<double> found;
-  for (int i = 0; i < LANES<double>; ++i) {
-    found.below[i] = 0.5 * __builtin_erfc(-x[i] * 0.7071067811865476);
-    found.density[i] = 0.3989422804014327 * __builtin_exp(-0.5 * x[i] * x[i]);
-  }
-  return found;
-}
-
 template <class Element, class T>
 void gelu_forward(const MapCall& call, int64_t first, int64_t last) {
-  const Element* h = static_cast<const Element*>(call.input);
-  Element* out = static_cast<Element*>(call.out);
-  for (int64_t i = first * call.channels; i < last * call.channels; i += LANES<T>) {
-    const Vec<T> x = load_wide(h + i);
-    store_narrow(out + i, x * normal<Element>(x).below);
-  }
+  const int64_t begin = first * call.channels;
+  gelu::forward<Element, T>(static_cast<const Element*>(call.input) + begin, static_cast<Element*>(call.out) + begin,
+                            last * call.channels - begin);
 }
 
-// The gradient of GELU's input, in the place of that of its output, and its sum over the chunk's rows; and GELU's output
-// again, which nobody kept.
+// The gradient of GELU's input, in the place of that of its output, and its sum over the chunk's rows; and GELU's output.
 template <class Element, class T>
 void gelu_backward(const MapCall& call, int64_t chunk) {
   T* sums = static_cast<T*>(call.partials) + chunk * call.channels;
   memset(sums, 0, call.channels * sizeof(T));
   for (int64_t row = call.rows * chunk / call.chunks; row < call.rows * (chunk + 1) / call.chunks; ++row) {
     const int64_t at = row * call.channels;
-    const Element* h = static_cast<const Element*>(call.input) + at;
-    Element *out = static_cast<Element*>(call.out) + at, *grad = static_cast<Element*>(call.grad) + at;
-    for (int j = 0; j < call.channels; j += LANES<T>) {
-      const Vec<T> x = load_wide(h + j);
-      const Normal<T> at_x = normal<Element>(x);
-      const Vec<T> slope = load_wide(grad + j) * (at_x.below + x * at_x.density);
-      store_narrow(out + j, x * at_x.below);
-      store_narrow(grad + j, slope);
-      store(sums + j, load(sums + j) + slope);
-    }
+    gelu::backward<Element, T>(static_cast<const Element*>(call.input) + at, static_cast<Element*>(call.grad) + at,
+                               static_cast<Element*>(call.out) + at, sums, call.channels);
   }
+  gelu::settle<Element, T>(sums, call.channels);
 }
 
 template <class Element, class T>

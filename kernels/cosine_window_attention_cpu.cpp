@@ -15,6 +15,7 @@
 // tile, so that the tile's bias is laid out once for all of them. Logits are in units of log 2.
 
 #include "cosine_window_attention_cpu.h"
+#include "tiles.h"
 #include "vectors.h"
 
 namespace cosine_window_attention {
@@ -54,19 +55,7 @@ struct Words<float, true> {
 // -- matrix product --------------------------------------------------------------------------------------------------------
 
 #if defined(__AMX_BF16__)
-// Tiles are 16 rows of 16 words. Registers 0 to 3 hold c, 4 and 5 a, 6 and 7 b.
-struct Tiles {  // while one lives, its thread can use tiles
-  Tiles() {
-    struct {
-      uint8_t palette = 1, start_row = 0, reserved[14] = {};
-      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-    } shape;
-    _tile_loadconfig(&shape);
-  }
-  ~Tiles() { _tile_release(); }
-};
-
+// Registers 0 to 3 hold c, 4 and 5 a, 6 and 7 b.
 template <int ROWS, int COLUMNS, bool ADD>
 INLINE void tile_block(const float* a, int64_t a_row, const float* b, int64_t b_row, int steps, float* c, int64_t c_row) {
   const int64_t a_bytes = a_row * 4, b_bytes = b_row * 4, c_bytes = c_row * 4;
@@ -698,7 +687,7 @@ struct Task {
     const int64_t chunk = task / p.heads, all = p.batch * p.windows();
     const int64_t first = all * chunk / call.chunks, last = all * (chunk + 1) / call.chunks;
 #if defined(__AMX_BF16__)
-    const Tiles tiles;
+    const tiles::Tiles held;
 #endif
     enter_head(int(task % p.heads));
     for (int64_t number = first; number < last; number += group) {

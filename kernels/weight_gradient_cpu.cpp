@@ -15,6 +15,7 @@
 
 #include "weight_gradient_cpu.h"
 
+#include "tiles.h"
 #include "vectors.h"
 
 namespace swinv2_weight_gradient {
@@ -22,10 +23,9 @@ namespace swinv2_weight_gradient {
 #if defined(__AMX_BF16__)
 namespace {
 
+using namespace tiles;
 using namespace vectors;
 
-constexpr int DEPTH = 32;               // tokens of a tile
-constexpr int TILE = 16 * DEPTH;        // its words
 constexpr int TOKENS = 256;             // that a task has in tiles at a time
 constexpr int LEFT = 512, RIGHT = 512;  // channels of a task: its sums are 1 MiB, half of the second cache
 constexpr int STRIP = 128;              // channels of the right map that are tiles at a time
@@ -34,51 +34,24 @@ constexpr int SQUARE = 32, SUMS = SQUARE * SQUARE;
 
 struct Room {  // of a thread, for as long as it lives
   alignas(64) BFloat16 left[LEFT * TOKENS], right[STRIP * TOKENS + STRIP / 16 * GAP];
-  alignas(64) float left_sums[16 * LEFT], right_sums[RIGHT];
+  alignas(64) float left_sums[16 * LEFT], right_sums[RIGHT], sums[LEFT * RIGHT];
 };
 
-// Two tokens of 32 channels, the second after the first, zeros for those that do not exist, as pairs of words. Of each 8
-// channels the first four are in `low`. The next tile's tokens are on their way.
-struct Pairs {
-  __m512i low, high;
+// Two tokens of 32 channels, zeros for those that do not exist. The next tile's are on their way.
+struct Two {
+  __m512i a, b;
 };
-INLINE Pairs pairs(const BFloat16* token, int64_t stride, int64_t tokens) {
+INLINE Two two(const BFloat16* token, int64_t stride, int64_t tokens) {
   _mm_prefetch(token + DEPTH * stride, _MM_HINT_T0);
   _mm_prefetch(token + (DEPTH + 1) * stride, _MM_HINT_T0);
-  const __m512i a = tokens > 0 ? _mm512_loadu_si512(token) : _mm512_setzero_si512();
-  const __m512i b = tokens > 1 ? _mm512_loadu_si512(token + stride) : _mm512_setzero_si512();
-  return {_mm512_unpacklo_epi16(a, b), _mm512_unpackhi_epi16(a, b)};
+  return {tokens > 0 ? _mm512_loadu_si512(token) : _mm512_setzero_si512(),
+          tokens > 1 ? _mm512_loadu_si512(token + stride) : _mm512_setzero_si512()};
 }
 
 // Adds to 16 sums those of 16 pairs.
 INLINE void add_pairs(float* sums, __m512i words) {
   const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3f80);
   _mm512_store_ps(sums, _mm512_dpbf16_ps(_mm512_load_ps(sums), (__m512bh)words, ones));
-}
-
-// 16 rows of 16 words of 32 bits -> their columns.
-INLINE void transpose(__m512i r[16]) {
-  __m512i t[16];
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; i += 4) {
-    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]), r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]), r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < 4; ++i) {  // r[4 j + i] has, in lane l, column 4 l + i of rows 4 j ... 4 j + 3
-    t[i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0x88), t[4 + i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0xdd);
-    t[8 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0x88), t[12 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0xdd);
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < 4; ++i) {
-    r[i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0x88), r[8 + i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0xdd);
-    r[4 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0x88), r[12 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0xdd);
-  }
 }
 
 // Tokens of a map as left tiles (channels / 16, steps, 16 channels, 32 tokens). `sums` (channels, 16), unless it is null,
@@ -90,8 +63,9 @@ void lay_out_left(const BFloat16* map, int64_t stride, int channels, int64_t tok
 #pragma GCC unroll 16
       for (int pair = 0; pair < 16; ++pair) {
         const int64_t token = step * DEPTH + 2 * pair;
-        const Pairs p = pairs(map + token * stride + channel, stride, tokens - token);
-        halves[0][pair] = p.low, halves[1][pair] = p.high;
+        const Two t = two(map + token * stride + channel, stride, tokens - token);
+        // Of each 8 channels the first four are in the first half.
+        halves[0][pair] = _mm512_unpacklo_epi16(t.a, t.b), halves[1][pair] = _mm512_unpackhi_epi16(t.a, t.b);
       }
       for (int half = 0; half < 2; ++half) {
         transpose(halves[half]);
@@ -106,15 +80,13 @@ void lay_out_left(const BFloat16* map, int64_t stride, int channels, int64_t tok
 
 // The same as right tiles (channels / 16, steps, 16 pairs of tokens, 16 channels), with gaps; `sums` (channels).
 void lay_out_right(const BFloat16* map, int64_t stride, int channels, int64_t tokens, int steps, BFloat16* tiles, float* sums) {
-  const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
   for (int pair = 0; pair < steps * 16; ++pair)
     for (int channel = 0; channel < channels; channel += 32) {
-      const Pairs p = pairs(map + 2 * pair * stride + channel, stride, tokens - 2 * pair);
-      const __m512i a = _mm512_permutex2var_epi64(p.low, first, p.high);
-      const __m512i b = _mm512_permutex2var_epi64(p.low, second, p.high);
+      const Two t = two(map + 2 * pair * stride + channel, stride, tokens - 2 * pair);
+      const Pairs p = pairs(t.a, t.b);
       BFloat16* to = tiles + channel / 16 * (steps * TILE + GAP) + pair * DEPTH;
-      _mm512_store_si512(to, a), _mm512_store_si512(to + steps * TILE + GAP, b);
-      if (sums) add_pairs(sums + channel, a), add_pairs(sums + channel + 16, b);
+      _mm512_store_si512(to, p.first), _mm512_store_si512(to + steps * TILE + GAP, p.last);
+      if (sums) add_pairs(sums + channel, p.first), add_pairs(sums + channel + 16, p.last);
     }
 }
 
@@ -138,6 +110,7 @@ struct Ahead {
 // A square of sums, as four tiles: left · right over all steps, added to what is there or in its place.
 INLINE void multiply(const BFloat16* left, const BFloat16* right, int steps, float* out, bool add, Ahead& one, Ahead& other) {
   const int64_t below = steps * TILE, beside = below + GAP;
+  const int lines = over(64, steps);  // of the next square's sums
   if (add) {
     _tile_loadd(0, out, 64);
     _tile_loadd(1, out + 256, 64);
@@ -154,10 +127,13 @@ INLINE void multiply(const BFloat16* left, const BFloat16* right, int steps, flo
     _tile_loadd(4, left, 64);
     _tile_loadd(6, right, 64);
     _tile_dpbf16ps(0, 4, 6);
+    ask_for(left + TILE, 16);
     _tile_loadd(7, right + beside, 64);
     _tile_dpbf16ps(1, 4, 7);
+    ask_for(left + TILE + below, 16);
     _tile_loadd(5, left + below, 64);
     _tile_dpbf16ps(2, 5, 6);
+    if (add) ask_for(out + SUMS + step * lines * 16, lines);
     _tile_dpbf16ps(3, 5, 7);
   }
   _tile_stored(0, out, 64);
@@ -190,12 +166,12 @@ struct Blocks {
   }
 };
 
-// Adds a square's sums over all chunks, and writes them where they belong in the gradient.
-void finish(const Call& call, const Blocks& blocks, int row, int column) {
+// Adds a square's sums over all chunks, which lie `apart`, and writes them where they belong in the gradient.
+void finish(const Call& call, const Blocks& blocks, int row, int column, const float* sums, int64_t apart) {
   __m512i tiles[4][16];
   for (int i = 0; i < 64; ++i) {
     Vec<float> total{};
-    for (int64_t chunk = 0; chunk < call.chunks; ++chunk) total += load(blocks.sums(call, chunk, row, column) + 16 * i);
+    for (int64_t chunk = 0; chunk < call.chunks; ++chunk) total += load(sums + chunk * apart + 16 * i);
     tiles[i / 16][i % 16] = (__m512i)total;
   }
   if (blocks.swap)
@@ -230,12 +206,11 @@ void task(const Call& call, int64_t number) {
   if (left_sums) memset(left_sums, 0, sizeof room->left_sums);
   if (right_sums) memset(right_sums, 0, sizeof room->right_sums);
 
-  struct {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-  } shape;
-  _tile_loadconfig(&shape);
+  const auto sums_at = [&](int i, int j) {  // the only chunk's stay with the thread, in the cache
+    return call.chunks == 1 ? room->sums + (j / SQUARE * (rows / SQUARE) + i / SQUARE) * int64_t(SUMS)
+                            : blocks.sums(call, chunk, row + i, column + j);
+  };
+  const Tiles held;
   const int64_t begin = call.tokens * chunk / call.chunks, end = call.tokens * (chunk + 1) / call.chunks;
   for (int64_t token = begin; token < end; token += TOKENS) {
     const auto until = [&](int64_t from) { return end - from < TOKENS ? int(end - from) : TOKENS; };
@@ -254,13 +229,12 @@ void task(const Call& call, int64_t number) {
       for (int j = 0; j < wide; j += SQUARE)
         for (int i = 0; i < rows; i += SQUARE)
           multiply(room->left + i / 16 * steps * TILE, room->right + j / 16 * (steps * TILE + GAP), steps,
-                   blocks.sums(call, chunk, row + i, column + strip + j), token > begin, of_left, of_right);
+                   sums_at(i, strip + j), token > begin, of_left, of_right);
     }
   }
-  _tile_release();
   if (call.chunks == 1)  // while they are near
     for (int j = 0; j < columns; j += SQUARE)
-      for (int i = 0; i < rows; i += SQUARE) finish(call, blocks, row + i, column + j);
+      for (int i = 0; i < rows; i += SQUARE) finish(call, blocks, row + i, column + j, sums_at(i, j), 0);
 
   float* bias = call.bias_parts + chunk * call.outputs;
   if (left_sums)
@@ -271,7 +245,8 @@ void task(const Call& call, int64_t number) {
 void add_parts(const Call& call, int64_t square) {
   const Blocks blocks(call);
   const int down = blocks.height / SQUARE;
-  if (call.chunks > 1) finish(call, blocks, int(square % down) * SQUARE, int(square / down) * SQUARE);
+  const int row = int(square % down) * SQUARE, column = int(square / down) * SQUARE;
+  finish(call, blocks, row, column, blocks.sums(call, 0, row, column), int64_t(blocks.height) * blocks.width);
 }
 
 }  // namespace

@@ -138,7 +138,7 @@ class PatchMerging(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.reduction = nn.Linear(4 * channels, 2 * channels, bias=False)
+        self.reduction = Linear(4 * channels, 2 * channels, bias=False)
         self.norm = LayerNorm(2 * channels)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -25,8 +25,8 @@ PART = 2**12  # tokens
 BF16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()  # products of oneDNN
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """x (…, C), weight (C', C), bias (C',) -> (…, C'), in autocast's type where it is on."""
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x (…, C), weight (C', C), bias (C',) or None -> (…, C'), in autocast's type where it is on."""
     if torch.compiler.is_compiling():
         return F.linear(x, weight, bias)
     return _Linear.apply(*_autocast(x, weight, bias))
@@ -69,19 +69,42 @@ def _is_native(map: Tensor, norm: bool = False) -> bool:
     return map.dtype in native.types(map.device) and not (norm and channels > native.MAX_CUDA_CHANNELS)
 
 
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    device = tensors[0].device.type
+def _autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+    device = x.device.type
     if not torch.is_autocast_enabled(device):
-        return tensors
-    return tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
+        return x, *others
+    dtype = torch.get_autocast_dtype(device)
+    return x.to(dtype), *(other if other is None else other.to(dtype) for other in others)
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if _takes_product(x, weight):
+        return torch.ops.swinv2_scale.linear_forward(x.flatten(0, -2), weight, bias).view(*x.shape[:-1], -1)
     if x.device.type == "cpu" and x.dtype == torch.bfloat16 and BF16:
         # F.linear would first fill the output with the bias, and then add the product to it.
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     with torch.autocast(x.device.type, enabled=False):  # the types are chosen already
         return F.linear(x, weight, bias)
+
+
+def _input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
+    """(n, C') and (C', C) -> (n, C)"""
+    return torch.ops.swinv2_scale.linear_backward(grad, weight) if _takes_product(grad, weight) else grad @ weight
+
+
+def _has_tiles(*maps: Tensor) -> bool:
+    """Whether there are native products of these maps and weights."""
+    for map in maps:
+        if map.device.type != "cpu" or map.dtype != torch.bfloat16 or map.shape[-1] % 32 or not map.is_contiguous():
+            return False
+    return "cpu" not in native.missing and torch.ops.swinv2_scale.has_tiles()
+
+
+def _takes_product(x: Tensor, weight: Tensor) -> bool:
+    """Whether the native product is faster than PyTorch's: of maps that are longer than wide, and not narrow."""
+    inputs, outputs = x.shape[-1], weight.numel() // x.shape[-1]
+    fits = 512 <= inputs < 4096 and outputs >= 512 and x.numel() >= inputs**2
+    return fits and len(weight) % 32 == 0 and _has_tiles(x, weight)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -110,24 +133,20 @@ def _parameter_gradients(
     grad: Tensor, x: Tensor, for_weight: bool, for_bias: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """(n, C') and (n, C) -> (C', C) and (C',), the gradients of a weight and of a bias, of those that are wanted."""
-    if for_weight and _takes_tiles(grad, x):
+    if for_weight and _takes_gradient(grad, x):
         of_weight, of_bias = torch.ops.swinv2_scale.weight_gradient(grad, x)
         return of_weight, of_bias.to(grad.dtype) if for_bias else None
     return grad.t() @ x if for_weight else None, _sum(grad) if for_bias else None
 
 
-def _takes_tiles(grad: Tensor, x: Tensor) -> bool:
-    """Whether the native product is there, and faster than PyTorch's: maps are longer than wide."""
-    if grad.device.type != "cpu" or grad.dtype != torch.bfloat16 or "cpu" in native.missing:
-        return False
-    tokens, narrow = len(x), min(x.shape[1], grad.shape[1])
-    fits = x.shape[1] % 32 == 0 and grad.shape[1] % 32 == 0 and tokens >= narrow
-    return fits and torch.ops.swinv2_scale.has_weight_gradient()
+def _takes_gradient(grad: Tensor, x: Tensor) -> bool:
+    """Whether the native gradient of a weight is faster than PyTorch's: the maps are not much wider than long."""
+    return 2 * len(x) >= min(x.shape[1], grad.shape[1]) and _has_tiles(grad, x)
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
         return _product(x, weight, bias)
 
@@ -137,7 +156,7 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         for_x, for_weight, for_bias = ctx.needs_input_grad
         grad = _rows(grad)
-        return (grad @ weight).view_as(x) if for_x else None, *_parameter_gradients(
+        return _input_gradient(grad, weight).view_as(x) if for_x else None, *_parameter_gradients(
             grad, _rows(x), for_weight, for_bias
         )
 
@@ -157,17 +176,17 @@ class _Mlp(torch.autograd.Function):
         large = hidden.numel() >= LARGE * len(hidden)
         grad, hidden = _rows(grad), _rows(hidden)
         if not large:  # one pass for GELU and its gradient
-            grad_hidden, activated, sum_hidden = _gelu_backward(grad @ weight2, hidden)
+            grad_hidden, activated, sum_hidden = _gelu_backward(_input_gradient(grad, weight2), hidden)
             second = _parameter_gradients(grad, activated, for_weight2, for_bias2)
             del activated
         else:  # GELU is gone before its gradient comes
             second = _parameter_gradients(grad, _gelu(hidden), for_weight2, for_bias2)
-            grad_hidden = grad @ weight2
+            grad_hidden = _input_gradient(grad, weight2)
             parts = zip(grad_hidden.split(PART), hidden.split(PART), strict=True)
             sum_hidden = torch.stack([_gelu_backward(*part)[2] for part in parts]).sum(0)
         first, _ = _parameter_gradients(grad_hidden, _rows(x), for_weight1, False)
         for_hidden = sum_hidden.to(grad.dtype) if for_bias1 else None
-        return (grad_hidden @ weight1).view_as(x) if for_x else None, first, for_hidden, *second
+        return _input_gradient(grad_hidden, weight1).view_as(x) if for_x else None, first, for_hidden, *second
 
 
 class _ResidualPostNorm(torch.autograd.Function):
