@@ -223,7 +223,7 @@ struct Task {
     T *lse, *delta;                 // backward: log-sum-exp in units of log 2, and Σ grad_out · out
     T *grad_sum, *mean;             // of each query, over keys: Σ gradient of logits, Σ probability · cosine
     T *region, *hidden;             // of each key: its region, and -inf if it is absent
-    int64_t* token;                 // index on the map, or -1
+    int64_t *token, *coming;        // index on the map, or -1; of the window that is next in this place
     bool masked;
   };
 
@@ -244,6 +244,7 @@ struct Task {
   Run* runs;
   int run_count, tile_query, tile_key, tile_rows, tile_keys;
   int head;
+  int coming_head;                  // of the windows that are next
   T scale;
   bool bounded;                     // logits lie so close together that all can be relative to their bound
   T bound;                          // 0 if not bounded; is subtracted from the table
@@ -284,6 +285,7 @@ struct Task {
     for (int i = 0; i < group; ++i) {
       Window& w = windows[i];
       w.token = take<int64_t>(rows);
+      w.coming = take<int64_t>(rows);
       w.q_inverse = take<T>(rows);
       w.k_inverse = take<T>(rows);
       w.region = take<T>(rows);
@@ -390,10 +392,24 @@ struct Task {
 
   // -- gathering --
 
-  template <class X>
+  template <int WRITE>
   INLINE void prefetch(const void* base, int64_t offset) const {
-    const char* at = reinterpret_cast<const char*>(static_cast<const X*>(base) + offset);
-    for (int64_t i = 0; i < p.width * int64_t(sizeof(X)); i += 64) __builtin_prefetch(at + i, 0, 2);
+    const char* at = reinterpret_cast<const char*>(static_cast<const Element*>(base) + offset);
+    for (int64_t i = 0; i < p.width * int64_t(sizeof(Element)); i += 64) __builtin_prefetch(at + i, WRITE, 2);
+  }
+  INLINE void ask_for_row(int64_t token, int head) const {
+    for (int part = 0; part < 3; ++part) prefetch<0>(call.qkv, p.qkv_offset(token, part, head));
+    if (!backward) return;
+    prefetch<0>(call.grad_out, p.out_offset(token, head));
+    prefetch<0>(call.out, p.out_offset(token, head));
+  }
+  // While other things are computed: where a token's results will be written, and what the next window in its place reads.
+  INLINE void ask_ahead(const Window& w, int t) const {
+    const int64_t token = w.token[t];
+    if (token >= 0 && !backward) prefetch<1>(call.out, p.out_offset(token, head));
+    for (int part = 0; part < 3 && token >= 0 && backward; ++part)
+      prefetch<1>(call.grad_qkv, p.qkv_offset(token, part, head));
+    if (w.coming[t] >= 0) ask_for_row(w.coming[t], coming_head);
   }
 
   // Rows of unit length (or as they are, if inverse is null) as words: `rows`, and `columns` when it is another form.
@@ -434,26 +450,24 @@ struct Task {
     }
   }
 
-  // Where the window's tokens lie. Their rows are asked for before they are read: they are far apart in memory.
+  // Where the window's tokens lie.
   void place_window(Window& w, int64_t number) {
+    const Place place = p.window_place(number % p.windows());
+    place_tokens(w.token, number);
+    w.masked = p.crosses_regions(place) || p.has_absent(place);
+    if (!w.masked) return;
+    for (int t = 0; t < tokens; ++t) {
+      w.region[t] = T(p.region(place, p.token_place(t)));
+      w.hidden[t] = w.token[t] < 0 ? -INF : T(0);
+    }
+  }
+  void place_tokens(int64_t* token, int64_t number) const {
     const int64_t image = number / p.windows();
     const Place place = p.window_place(number % p.windows());
-    w.masked = p.crosses_regions(place) || p.has_absent(place);
-    int t = 0;
     Place at;
     for (at.at[0] = 0; at.at[0] < p.window[0]; ++at.at[0])
       for (at.at[1] = 0; at.at[1] < p.window[1]; ++at.at[1])
-        for (at.at[2] = 0; at.at[2] < p.window[2]; ++at.at[2], ++t) {
-          w.token[t] = p.token_index(image, place, at);
-          if (w.token[t] >= 0) {
-            for (int part = 0; part < 3; ++part) prefetch<Element>(call.qkv, p.qkv_offset(w.token[t], part, head));
-            if (backward) prefetch<Element>(call.grad_out, p.out_offset(w.token[t], head));
-            if (backward) prefetch<Element>(call.out, p.out_offset(w.token[t], head));
-          }
-          if (!w.masked) continue;
-          w.region[t] = T(p.region(place, at));
-          w.hidden[t] = w.token[t] < 0 ? -INF : T(0);
-        }
+        for (at.at[2] = 0; at.at[2] < p.window[2]; ++at.at[2]) *token++ = p.token_index(image, place, at);
   }
 
   void enter_window(Window& w) {
@@ -526,6 +540,7 @@ struct Task {
     if (!BOUNDED) raise_origins<MASKED>(w, query, key, rows, keys);
     const T factor = scale * T(LOG2_E);
     for (int q = 0; q < rows; ++q) {
+      if (key == 0) ask_ahead(w, query + q);
       const T *row = logits + int64_t(q) * KEY_TILE, *bias_row = bias + int64_t(q) * KEY_TILE;
       const T region = MASKED ? w.region[query + q] : T(0);
       T* to = left + int64_t(q) * WORD_TILE;
@@ -588,6 +603,7 @@ struct Task {
         Vec<T> probability[W::SIZE] = {}, grad[W::SIZE] = {};
         for (int i = 0; i < W::SIZE; ++i) {
           if (q + i >= rows) continue;
+          if (key == 0 && k == 0) ask_ahead(w, query + q + i);
           const int64_t row = int64_t(q + i) * KEY_TILE;
           const T region = MASKED ? w.region[query + q + i] : T(0);
           const Vec<T> cosine = load(logits + row + k);
@@ -693,7 +709,18 @@ struct Task {
     for (int64_t number = first; number < last; number += group) {
       const int count = int(last - number < group ? last - number : group);
       for (int i = 0; i < count; ++i) place_window(windows[i], number + i);
+      // Rows are far apart in memory: the first ones are asked for before they are read, others during the products.
+      for (int i = 0; i < count && number == first; ++i)
+        for (int t = 0; t < tokens; ++t)
+          if (windows[i].token[t] >= 0) ask_for_row(windows[i].token[t], head);
       for (int i = 0; i < count; ++i) enter_window(windows[i]);
+      const bool ends = number + group >= last;
+      const int64_t coming = ends ? first : number + group;  // then the next task, probably the next head's
+      coming_head = head + ends;
+      for (int i = 0; i < count; ++i) {
+        if (coming + i < last && coming_head < p.heads) place_tokens(windows[i].coming, coming + i);
+        else for (int t = 0; t < tokens; ++t) windows[i].coming[t] = -1;
+      }
       if (backward) backward_group(count);
       else forward_group(count);
     }

@@ -80,7 +80,7 @@ INLINE Both load_both(const BFloat16* from) {
 INLINE void store_both(BFloat16* to, Vec<float> even, Vec<float> odd) {  // halves are rounded away from 0
   const __m512i half = _mm512_set1_epi32(0x8000), high = _mm512_set1_epi32(0xffff0000);
   const __m512i low = _mm512_srli_epi32(_mm512_add_epi32((__m512i)even, half), 16);
-  const __m512i merged = _mm512_ternarylogic_epi32(low, _mm512_add_epi32((__m512i)odd, half), high, 0xf8);  // low | odd & high
+  const __m512i merged = _mm512_ternarylogic_epi32(low, _mm512_add_epi32((__m512i)odd, half), high, 0xf8);  // low | b & c
   _mm512_storeu_si512(to, merged);
 }
 #endif

@@ -77,8 +77,7 @@ INLINE void finish_row(const Square& square, int64_t stride, int row) {
   _mm512_storeu_si512(square.out + row * stride, (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a));
 }
 
-// 32 rows of x, of which some may not exist, on their way into tiles: for each step the first 16 rows, then the last. Rows
-// are too far apart in memory for the first cache to hold them.
+// 32 rows of x, of which some may not exist, on their way into tiles: for each step the first 16 rows, then the last.
 struct Strip {
   const BFloat16* x;
   BFloat16* tiles;
@@ -100,8 +99,8 @@ struct Strip {
 // Sums of a square, while another is finished, and part of a strip copied. The steps of one panel go up and those of the
 // next down, so that the tiles of x that were read last, which the first cache still holds, come first; a panel's tiles,
 // which are read once, pass that cache by. `ahead` is where the next panel begins.
-INLINE void multiply(const Call& call, const BFloat16* x, const BFloat16* panel, const BFloat16* ahead, bool down, float* sums,
-                     const Square& next, Square& done, Strip& coming, int lines) {
+INLINE void multiply(const Call& call, const BFloat16* x, const BFloat16* panel, const BFloat16* ahead, bool down,
+                     float* sums, const Square& next, Square& done, Strip& coming, int lines) {
   const int steps = call.inputs / DEPTH, each = over(SQUARE, steps), forth = down ? -2 * TILE : 2 * TILE;
   const bool far = call.inputs > NEAR;
   if (down) x += (steps - 1) * 2 * TILE, panel += (steps - 1) * 2 * TILE;
@@ -114,11 +113,11 @@ INLINE void multiply(const Call& call, const BFloat16* x, const BFloat16* panel,
     _tile_loadd(4, x, 64);
     _tile_stream_loadd(6, panel, 64);
     _tile_dpbf16ps(0, 4, 6);
-    const BFloat16* coming_tiles = step + 1 < steps ? panel + forth : ahead;
-    ask_for(coming_tiles, 16);
+    const BFloat16* after = step + 1 < steps ? panel + forth : ahead;
+    ask_for(after, 16);
     _tile_stream_loadd(7, panel + TILE, 64);
     _tile_dpbf16ps(1, 4, 7);
-    if (far) ask_for(coming_tiles + TILE, 16);
+    if (far) ask_for(after + TILE, 16);
     _tile_loadd(5, x + TILE, 64);
     _tile_dpbf16ps(2, 5, 6);
     if (far) ask_for(x + forth, 32);
@@ -183,8 +182,9 @@ void task(const Call& call, int64_t number) {
       const int column = panel * SQUARE;
       const Square next{sums[odd], call.bias ? static_cast<const BFloat16*>(call.bias) + column : nullptr,
                         static_cast<BFloat16*>(call.out) + strip * SQUARE * call.outputs + column, rows_of(strip)};
-      const BFloat16* ahead = panel_of(call, panel + 1 < last ? panel + 1 : first) + (odd ? 0 : panel_words(call) - 2 * TILE);
-      multiply(call, tiles_of(strip), panel_of(call, panel), ahead, odd, sums[odd], next, done, coming, over(SQUARE, last - first));
+      const BFloat16 *here = panel_of(call, panel), *following = panel_of(call, panel + 1 < last ? panel + 1 : first);
+      const BFloat16* ahead = odd ? following : following + panel_words(call) - 2 * TILE;
+      multiply(call, tiles_of(strip), here, ahead, odd, sums[odd], next, done, coming, over(SQUARE, last - first));
     }
   }
   for (int row = 0; row < done.rows; ++row) finish_row(done, call.outputs, row);
