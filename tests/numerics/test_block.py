@@ -134,6 +134,28 @@ def test_gelu_reaches_from_tail_to_tail() -> None:
     assert math.isnan(nan) and inf == float("inf") and rest == [0.0, 40.0, 0.0]
 
 
+def test_gelu_in_bfloat16_is_good_to_its_last_bit() -> None:
+    """Of its value relatively, in the tails less and less; of its slope, which has a zero, absolutely."""
+    if "cpu" in native.missing:
+        pytest.skip(native.missing["cpu"])
+    x = torch.linspace(-9.9, 9.9, 16 * 4000).bfloat16().view(-1, 16)  # an odd vector, and pairs of vectors
+    for channels in (16, 64):
+        x = x.view(-1, channels)
+        exact = x.double()
+        below = torch.special.erfc(-exact / math.sqrt(2)) / 2  # F.gelu has no digits left in the tail
+        value, true = exact * below, below + exact * (-exact.square() / 2).exp() / math.sqrt(2 * math.pi)
+        allowed = 2**-8 + 5e-4 * (exact.abs() - 3).clamp_min(0).exp()
+        found = torch.ops.swinv2_scale.gelu_forward(x)
+        assert ((found - value).abs() <= allowed * value.abs()).all()
+        slope = torch.ones_like(x)
+        again, total = torch.ops.swinv2_scale.gelu_backward(slope, x)
+        assert torch.equal(found, again)
+        assert ((slope - true).abs() <= 2**-8 * true.abs() + 5e-4).all()
+        assert ((total - true.sum(0)).abs() <= 5e-4 * len(x)).all()
+    far = torch.ops.swinv2_scale.gelu_forward(torch.tensor([[-40.0, -12.0, 40.0, float("inf")] * 8]).bfloat16())
+    assert (far[0, :2].abs() <= 1e-20).all() and far[0, 2:4].tolist() == [40.0, float("inf")]
+
+
 def test_what_is_kept() -> None:
     """Of an MLP its input and hidden map; of a norm its branch, and two numbers per token."""
     kept: list[tuple[int, ...]] = []
