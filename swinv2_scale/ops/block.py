@@ -5,8 +5,10 @@
     residual_post_norm   x + keep · norm(y); keeps y and two numbers per token
 
 The parts that memory bounds are native on the CPU (kernels/block_cpu.cpp) and on NVIDIA's GPUs (kernels/block_cuda.cu),
-PyTorch's functions where those are missing or take no such map. A compiler sees compositions of PyTorch's functions,
-which it fuses in its own way, and which tests and the self-check compare the rest with.
+PyTorch's functions where those are missing or take no such map. Products are PyTorch's, but for those in bfloat16 that
+are faster here on processors with AMX (kernels/linear_cpu.cpp, kernels/weight_gradient_cpu.cpp). A compiler sees
+compositions of PyTorch's functions, which it fuses in its own way, and which tests and the self-check compare the rest
+with.
 Channels are the last dimension of every map.
 """
 
