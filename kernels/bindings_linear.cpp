@@ -1,14 +1,17 @@
-// The products of a linear layer and its gradients as PyTorch sees them; see linear_cpu.cpp and weight_gradient_cpu.cpp.
+// The products of a linear layer and its gradients as PyTorch sees them; see linear_cpu.cpp, weight_gradient_cpu.cpp
+// and linear_vectors_cpu.cpp.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <atomic>
 #include <optional>
 #include <tuple>
 
 #include "instruction_sets.h"
 #include "linear_cpu.h"
+#include "linear_vectors_cpu.h"
 #include "partials.h"
 #include "weight_gradient_cpu.h"
 
@@ -18,50 +21,67 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-bool has_tiles() { return std::strcmp(instruction_sets::NAMES[instruction_sets::chosen()], "amx_bf16") == 0; }
+struct Choice {
+  const char* name;  // "tiles", "vectors" or "none"
+  swinv2_linear_vectors::Kernels kernels;
+};
 
+// What this process multiplies maps of a type with.
+Choice choice(ScalarType type) {
 #if defined(__x86_64__)
-const Kernel& kernel() { return amx_bf16; }
-const swinv2_weight_gradient::Kernel& weight_gradient_kernel() { return swinv2_weight_gradient::amx_bf16; }
-#else
-const Kernel& kernel() { return portable; }
-const swinv2_weight_gradient::Kernel& weight_gradient_kernel() { return swinv2_weight_gradient::portable; }
+  const auto& vectors = swinv2_linear_vectors::avx512_bf16;
+  const std::string set = instruction_sets::NAMES[instruction_sets::chosen()];
+  if (type == ScalarType::BFloat16 && set == "amx_bf16") return {"tiles", {amx_bf16, swinv2_weight_gradient::amx_bf16}};
+  if (type == ScalarType::BFloat16 && set == "avx512_bf16") return {"vectors", vectors.bfloat16};
+  if (type == ScalarType::Float && set == "avx512_bf16") return {"vectors", vectors.float32};
 #endif
+  return {"none", {}};
+}
 
-void check(const char* name, const Tensor& matrix) {
-  STD_TORCH_CHECK(has_tiles(), "this product needs a processor with AMX");
-  STD_TORCH_CHECK(matrix.is_cpu() && matrix.is_contiguous() && matrix.scalar_type() == ScalarType::BFloat16, name,
-                  " must be bfloat16, contiguous and on the CPU");
+std::string products(ScalarType type) { return choice(type).name; }
+
+swinv2_linear_vectors::Kernels kernels(const Tensor& map) {
+  const Choice found = choice(map.scalar_type());
+  STD_TORCH_CHECK(std::strcmp(found.name, "none"), "this processor has no native products of maps of this type");
+  return found.kernels;
+}
+
+void check(const char* name, const Tensor& matrix, ScalarType type) {
+  STD_TORCH_CHECK(matrix.is_cpu() && matrix.is_contiguous() && matrix.scalar_type() == type, name,
+                  " must be contiguous, on the CPU and of the same type as the other");
   STD_TORCH_CHECK(matrix.dim() == 2 && matrix.size(0) > 0 && matrix.size(1) > 0 && matrix.size(1) % 32 == 0, name,
                   " must have two dimensions, the last a multiple of 32 channels");
 }
 
 void over_tasks(int64_t count, auto work) {
-  torch::stable::parallel_for(0, count, 1, [&](int64_t first, int64_t last) {
-    for (int64_t task = first; task < last; ++task) work(task);
+  std::atomic<int64_t> next = 0;  // who is slowed down takes fewer
+  torch::stable::parallel_for(0, torch::stable::get_num_threads(), 1, [&](int64_t, int64_t) {
+    for (int64_t task; (task = next++) < count;) work(task);
   });
 }
 
 // x (rows, inputs) and a weight, (outputs, inputs) if it is to be transposed, else (inputs, outputs).
 Tensor product(const Tensor& x, const Tensor& weight, bool transposed, const std::optional<Tensor>& bias) {
-  check("x", x), check("weight", weight);
+  const ScalarType type = x.scalar_type();
+  const auto kernel = kernels(x).product;
+  check("x", x, type), check("weight", weight, type);
   STD_TORCH_CHECK(weight.size(0) % 32 == 0, "weight must have a multiple of 32 channels in both dimensions");
   Call call{};
   call.transposed = transposed, call.rows = x.size(0);
   call.inputs = int(weight.size(transposed)), call.outputs = int(weight.size(!transposed));
   STD_TORCH_CHECK(x.size(1) == call.inputs, "x has ", x.size(1), " channels, the weight ", call.inputs);
   if (bias) {
-    const bool fits = bias->is_cpu() && bias->is_contiguous() && bias->scalar_type() == ScalarType::BFloat16;
+    const bool fits = bias->is_cpu() && bias->is_contiguous() && bias->scalar_type() == type;
     STD_TORCH_CHECK(fits && bias->numel() == call.outputs, "bias must be ", call.outputs,
-                    " numbers, bfloat16, contiguous and on the CPU");
+                    " numbers, of x's type, contiguous and on the CPU");
     call.bias = bias->data_ptr();
   }
   const int64_t strips = (call.rows + 31) / 32;
   call.chunks = strips < 8 ? 1 : strips < 256 ? strips / 4 : 64;
   Tensor panels = torch::stable::empty_like(weight), out = torch::stable::new_empty(x, {call.rows, call.outputs});
   call.x = x.data_ptr(), call.weight = weight.data_ptr(), call.panels = panels.data_ptr(), call.out = out.data_ptr();
-  over_tasks(weight.size(0) / 32, [&](int64_t band) { kernel().lay_out(call, band); });
-  over_tasks(kernel().tasks(call), [&](int64_t task) { kernel().task(call, task); });
+  over_tasks(weight.size(0) / 32, [&](int64_t band) { kernel.lay_out(call, band); });
+  over_tasks(kernel.tasks(call), [&](int64_t task) { kernel.task(call, task); });
   return out;
 }
 
@@ -69,9 +89,10 @@ Tensor linear_forward(Tensor x, Tensor weight, std::optional<Tensor> bias) { ret
 Tensor linear_backward(Tensor grad, Tensor weight) { return product(grad, weight, false, std::nullopt); }
 
 std::tuple<Tensor, Tensor> weight_gradient(Tensor grad, Tensor x) {
-  check("grad", grad), check("x", x);
+  const ScalarType type = grad.scalar_type();
+  check("grad", grad, type), check("x", x, type);
   STD_TORCH_CHECK(x.size(0) == grad.size(0), "x has ", x.size(0), " tokens, grad ", grad.size(0));
-  const auto& kernel = weight_gradient_kernel();
+  const auto kernel = kernels(grad).weight_gradient;
   swinv2_weight_gradient::Call call{};
   call.tokens = grad.size(0), call.outputs = int(grad.size(1)), call.inputs = int(x.size(1));
   call.threads = int(torch::stable::get_num_threads());
@@ -98,7 +119,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(swinv2_scale, m) {
   m.def("linear_forward(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def("linear_backward(Tensor grad, Tensor weight) -> Tensor");
   m.def("weight_gradient(Tensor grad, Tensor x) -> (Tensor, Tensor)");
-  m.def("has_tiles() -> bool");
+  m.def("products(ScalarType type) -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(swinv2_scale, CPU, m) {
@@ -108,5 +129,5 @@ STABLE_TORCH_LIBRARY_IMPL(swinv2_scale, CPU, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(swinv2_scale, CompositeExplicitAutograd, m) {
-  m.impl("has_tiles", TORCH_BOX(&swinv2_linear::has_tiles));
+  m.impl("products", TORCH_BOX(&swinv2_linear::products));
 }

@@ -1,4 +1,4 @@
-// What bindings_linear.cpp knows of linear_cpu.cpp, which is compiled once per instruction set.
+// What bindings_linear.cpp knows of linear_cpu.cpp and linear_vectors_cpu.cpp, which are compiled once per instruction set.
 
 #pragma once
 
@@ -6,13 +6,13 @@
 
 namespace swinv2_linear {
 
-// All is bfloat16, and sums are float32. Channels are multiples of 32.
+// All is bfloat16, by vectors also float32; sums are float32. Channels are multiples of 32.
 struct Call {
   int64_t rows, chunks;  // tokens; how many parts they are taken in
   int inputs, outputs;   // channels that are summed over; channels of the result
   bool transposed;       // the weight is (outputs, inputs), as in forward; else (inputs, outputs)
   const void *x, *weight, *bias;  // x (rows, inputs); bias (outputs), or null
-  void *panels, *out;             // the weight in tiles, as many numbers; (rows, outputs)
+  void *panels, *out;             // the weight laid out, as many numbers; (rows, outputs)
 };
 
 struct Kernel {

@@ -1,4 +1,5 @@
-// What bindings_weight_gradient.cpp knows of weight_gradient_cpu.cpp, which is compiled once per instruction set.
+// What bindings_linear.cpp knows of weight_gradient_cpu.cpp and linear_vectors_cpu.cpp, which are compiled once per
+// instruction set.
 
 #pragma once
 
@@ -6,13 +7,13 @@
 
 namespace swinv2_weight_gradient {
 
-// Maps are bfloat16, sums float32. Channels are multiples of 32.
+// Maps are bfloat16, by vectors also float32; sums are float32. Channels are multiples of 32.
 struct Call {
   int64_t tokens, chunks;            // of tokens: each has a part of the sums
   int outputs, inputs, threads;      // channels of the layer; how many threads share the tasks
   const void *grad, *x;              // (tokens, outputs), (tokens, inputs)
   float *weight_parts, *bias_parts;  // (chunks, outputs · inputs), (chunks, outputs)
-  void* weight_grad;                 // (outputs, inputs), bfloat16
+  void* weight_grad;                 // (outputs, inputs), in the type of maps
 };
 
 struct Kernel {

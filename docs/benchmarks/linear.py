@@ -1,6 +1,6 @@
 """The native products of a linear layer and its gradients beside PyTorch's, in turn: medians, and times faster.
 
-python docs/benchmarks/linear.py [--threads 2] [--rounds 9]
+python docs/benchmarks/linear.py [--type bf16] [--threads 2] [--rounds 9]
 
 A layer has a few maps and weights that it takes in turn, so that they come from memory as in training. Where the native
 product is not used in training (ops/block.py decides), its column says so.
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from swinv2_scale.engine import _keep_freed_memory
 from swinv2_scale.ops import block, native
+from swinv2_scale.parallel import PRECISIONS
 
 SHAPES = [  # tokens, inputs, outputs
     *[(32768, 96, 288), (32768, 96, 96), (32768, 96, 384), (32768, 384, 96), (9216, 128, 512), (8192, 192, 768)],
@@ -26,30 +27,32 @@ COPIES = 6
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--type", choices=PRECISIONS, default="bf16")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=9)
     arguments = parser.parse_args()
-    if "cpu" in native.missing or not torch.ops.swinv2_scale.has_tiles():
-        raise SystemExit("this processor is without AMX, or the kernels are not built")
+    dtype = PRECISIONS[arguments.type]
+    if "cpu" in native.missing or torch.ops.swinv2_scale.products(dtype) == "none":
+        raise SystemExit(f"no native products of {dtype} here: see docs/kernel.md for the processors that have them")
+    print(f"{dtype}, by {torch.ops.swinv2_scale.products(dtype)}\n")
     torch.set_num_threads(arguments.threads)
     _keep_freed_memory()  # as in training
     names = ("forward", "gradient of x", "gradient of weight and bias")
     print(f"| tokens | inputs | outputs | {' | '.join(names)} |\n|---|---|---|---|---|---|")
     for shape in SHAPES:
-        print(f"| {' | '.join(map(str, shape))} | {' | '.join(rows(*shape, arguments.rounds))} |", flush=True)
+        print(f"| {' | '.join(map(str, shape))} | {' | '.join(rows(*shape, dtype, arguments.rounds))} |", flush=True)
 
 
-def rows(tokens: int, inputs: int, outputs: int, rounds: int) -> list[str]:
+def rows(tokens: int, inputs: int, outputs: int, dtype: torch.dtype, rounds: int) -> list[str]:
     """A cell for each product."""
     sizes = ((tokens, inputs), (outputs, inputs), (tokens, outputs))
-    sets = [[torch.randn(size).bfloat16() for size in sizes] for _ in range(COPIES)]
-    bias, operators = torch.randn(outputs).bfloat16(), torch.ops.swinv2_scale
-    pointwise = torch.ops.mkldnn._linear_pointwise
+    sets = [[torch.randn(size).to(dtype) for size in sizes] for _ in range(COPIES)]
+    bias, operators = torch.randn(outputs).to(dtype), torch.ops.swinv2_scale
     x, weight, grad = sets[0]
     pairs: list[tuple[bool, Callable[..., object], Callable[..., object]]] = [
         (
             block._takes_product(x, weight),
-            lambda x, weight, _: pointwise(x, weight, bias, "none", [], ""),
+            lambda x, weight, _: block.usual_product(x, weight, bias),
             lambda x, weight, _: operators.linear_forward(x, weight, bias),
         ),
         (

@@ -26,7 +26,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -244,10 +244,11 @@ def memory(pid: int, name: str) -> int:
 
 def stop_above(process: subprocess.Popen[str], limit: float) -> None:
     """Kill the process when it passes `limit` GiB; before the machine itself runs out."""
-    while process.poll() is None:
-        if memory(process.pid, "VmRSS") > limit * 2**30:
-            process.kill()
-        time.sleep(POLL)
+    with suppress(FileNotFoundError):  # it has ended
+        while process.poll() is None:
+            if memory(process.pid, "VmRSS") > limit * 2**30:
+                process.kill()
+            time.sleep(POLL)
 
 
 class Program:

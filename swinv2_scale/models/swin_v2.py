@@ -191,7 +191,9 @@ class PatchEmbed(nn.Module):
             images = F.pad(images, (0, -columns % PATCH, 0, -rows % PATCH))
         if self.frames and images.shape[2] % self.frames:
             images = F.pad(images, (0, 0, 0, 0, 0, -images.shape[2] % self.frames), mode="replicate")
-        return self.norm(self.proj(images.to(self.proj.weight.dtype)).movedim(1, -1))
+        channels_last = torch.channels_last_3d if self.frames else torch.channels_last  # as the map that comes out
+        images = images.to(self.proj.weight.dtype, memory_format=channels_last)
+        return self.norm(self.proj(images).movedim(1, -1))
 
 
 class SwinTransformerV2(nn.Module):

@@ -5,10 +5,10 @@
     residual_post_norm   x + keep · norm(y); keeps y and two numbers per token
 
 The parts that memory bounds are native on the CPU (kernels/block_cpu.cpp) and on NVIDIA's GPUs (kernels/block_cuda.cu),
-PyTorch's functions where those are missing or take no such map. Products are PyTorch's, but for those in bfloat16 that
-are faster here on processors with AMX (kernels/linear_cpu.cpp, kernels/weight_gradient_cpu.cpp). A compiler sees
-compositions of PyTorch's functions, which it fuses in its own way, and which tests and the self-check compare the rest
-with.
+PyTorch's functions where those are missing or take no such map. Products are PyTorch's, but for those that are faster
+here: on processors with AMX in bfloat16 (kernels/linear_cpu.cpp, kernels/weight_gradient_cpu.cpp), on others that have
+dot products of bfloat16 in float32 too (kernels/linear_vectors_cpu.cpp). A compiler sees compositions of PyTorch's
+functions, which it fuses in its own way, and which tests and the self-check compare the rest with.
 Channels are the last dimension of every map.
 """
 
@@ -82,6 +82,11 @@ def _autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if _takes_product(x, weight):
         return torch.ops.swinv2_scale.linear_forward(x.flatten(0, -2), weight, bias).view(*x.shape[:-1], -1)
+    return usual_product(x, weight, bias)
+
+
+def usual_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x · Wᵀ + b by PyTorch."""
     if x.device.type == "cpu" and x.dtype == torch.bfloat16 and BF16:
         # F.linear would first fill the output with the bias, and then add the product to it.
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
@@ -94,19 +99,25 @@ def _input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
     return torch.ops.swinv2_scale.linear_backward(grad, weight) if _takes_product(grad, weight) else grad @ weight
 
 
-def _has_tiles(*maps: Tensor) -> bool:
-    """Whether there are native products of these maps and weights."""
+def _products(*maps: Tensor) -> str:
+    """How native code multiplies such maps and weights: by AMX tiles, by vectors, or not: "none"."""
     for map in maps:
-        if map.device.type != "cpu" or map.dtype != torch.bfloat16 or map.shape[-1] % 32 or not map.is_contiguous():
-            return False
-    return "cpu" not in native.missing and torch.ops.swinv2_scale.has_tiles()
+        if map.device.type != "cpu" or map.dtype != maps[0].dtype or map.shape[-1] % 32 or not map.is_contiguous():
+            return "none"
+    return "none" if "cpu" in native.missing else torch.ops.swinv2_scale.products(maps[0].dtype)
 
 
 def _takes_product(x: Tensor, weight: Tensor) -> bool:
-    """Whether the native product is faster than PyTorch's: of maps that are longer than wide, and not narrow."""
-    inputs, outputs = x.shape[-1], weight.numel() // x.shape[-1]
-    fits = 512 <= inputs < 4096 and outputs >= 512 and x.numel() >= inputs**2
-    return fits and len(weight) % 32 == 0 and _has_tiles(x, weight)
+    """Whether the native product is faster than PyTorch's: tiles where maps are longer than wide and not narrow, vectors
+    where laying the weight out does not cost more than it brings."""
+    if len(weight) % 32:
+        return False
+    inputs = x.shape[-1]
+    tokens, outputs = x.numel() // inputs, weight.numel() // inputs
+    kind = _products(x, weight)
+    if kind == "tiles":
+        return 512 <= inputs < 4096 and outputs >= 512 and tokens >= inputs
+    return kind == "vectors" and tokens >= max(256, inputs // 8)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -143,7 +154,10 @@ def _parameter_gradients(
 
 def _takes_gradient(grad: Tensor, x: Tensor) -> bool:
     """Whether the native gradient of a weight is faster than PyTorch's: the maps are not much wider than long."""
-    return 2 * len(x) >= min(x.shape[1], grad.shape[1]) and _has_tiles(grad, x)
+    kind, channels = _products(grad, x), (x.shape[1], grad.shape[1])
+    if kind == "tiles":
+        return 2 * len(x) >= min(channels)
+    return kind == "vectors" and len(x) >= max(256, max(channels) // 8)
 
 
 class _Linear(torch.autograd.Function):
