@@ -83,12 +83,12 @@ INLINE void store_row(Element* to, Vec<float> a, Vec<float> b) {
     store(to, a), store(to + LINE, b);
 }
 
-// A word of each of 32 columns, from one row in float32, two in bfloat16; rows that do not exist are zero.
+// A word of each of 32 columns, from one row in float32, two in bfloat16; the second may not exist, and is zero then.
 template <class Element>
-INLINE Pairs words_from(const Element* row, int64_t stride, int64_t rows) {
-  const auto line = [](const Element* at, bool exists) { return exists ? _mm512_loadu_si512(at) : _mm512_setzero_si512(); };
-  if constexpr (sizeof(Element) == 2) return pairs(line(row, rows > 0), line(row + stride, rows > 1));
-  return {line(row, rows > 0), line(row + LINE, rows > 0)};
+INLINE Pairs words_from(const Element* row, int64_t stride, bool both) {
+  if constexpr (sizeof(Element) == 2)
+    return pairs(_mm512_loadu_si512(row), both ? _mm512_loadu_si512(row + stride) : _mm512_setzero_si512());
+  return {_mm512_loadu_si512(row), _mm512_loadu_si512(row + LINE)};
 }
 
 // -- products of a map ---------------------------------------------------------------------------------------------------
@@ -125,7 +125,7 @@ void lay_out(const Product& call, int64_t band) {
     for (int panel = 0; panel < call.outputs / COLUMNS; ++panel, from += COLUMNS) {
       Word* to = panel_of<Element>(call, panel) + band * (BAND / PER_WORD<Element>)*COLUMNS;
       for (int row = 0; row < BAND; row += PER_WORD<Element>, to += COLUMNS) {
-        const Pairs line = words_from(from + row * int64_t(call.outputs), call.outputs, PER_WORD<Element>);
+        const Pairs line = words_from(from + row * int64_t(call.outputs), call.outputs, true);
         _mm512_store_si512(to, line.first), _mm512_store_si512(to + LINE, line.last);
       }
     }
@@ -202,7 +202,7 @@ void lay_out(const Element* map, int64_t stride, int columns, int64_t tokens, in
     for (int column = 0; column < columns; column += COLUMNS) {
       const Element* later = map + column + SOON * EACH * stride;
       _mm_prefetch(later, _MM_HINT_T0), _mm_prefetch(EACH == 2 ? later + stride : later + LINE, _MM_HINT_T0);
-      const Pairs pair = words_from(map + column, stride, tokens);
+      const Pairs pair = words_from(map + column, stride, tokens > 1);
       Word* to = panels + column / WIDE * apart + word * WIDE;
       for (int half = 0; half < 2; ++half) {
         const __m512i line = half ? pair.last : pair.first;

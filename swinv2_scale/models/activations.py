@@ -228,7 +228,7 @@ def units(
     # 1  embedding: images need no gradient, so its source is none
     out = tokens * backbone.widths[0] * low
     weights = backbone.patch_embed.proj.weight.numel()
-    embed = [Op(out, extra=pixels * low * (low != EXACT), weights=weights, scratch=out)]
+    embed = [Op(out, extra=pixels * low, weights=weights, scratch=out)]
     embed += _norm(tokens, backbone.widths[0], low)
     if simmim:
         embed.append(Op(out, extra=2 * tokens * low, scratch=out))

@@ -108,8 +108,8 @@ def _products(*maps: Tensor) -> str:
 
 
 def _takes_product(x: Tensor, weight: Tensor) -> bool:
-    """Whether the native product is faster than PyTorch's: tiles where maps are longer than wide and not narrow, vectors
-    where laying the weight out does not cost more than it brings."""
+    """Whether the native product is faster than PyTorch's: by tiles where maps are longer than wide and not narrow, by
+    vectors where laying the weight out does not cost more than it brings."""
     if len(weight) % 32:
         return False
     inputs = x.shape[-1]

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 MAX_WINDOW = 64  # tokens per axis
 MAX_CUDA_CHANNELS = 4096  # of a norm
@@ -48,6 +49,18 @@ def _load() -> dict[str, str]:
 
 
 missing = _load()
+
+
+if "cpu" not in missing:
+    products = [torch.ops.swinv2_scale.linear_forward, torch.ops.swinv2_scale.linear_backward]
+
+    @register_flop_formula(products)
+    def _product_flops(rows: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -> int:
+        return 2 * rows[0] * weight[0] * weight[1]
+
+    @register_flop_formula(torch.ops.swinv2_scale.weight_gradient)
+    def _gradient_flops(grad: Sequence[int], x: Sequence[int], *_: Any, **__: Any) -> int:
+        return 2 * grad[0] * grad[1] * x[1]
 
 
 @functools.cache

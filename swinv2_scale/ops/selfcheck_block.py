@@ -1,7 +1,8 @@
-"""The native parts of a block (ops/block.py) against PyTorch's functions in float64; the budget is selfcheck.py's."""
+"""The native parts of a block, and its native products where there are some (ops/block.py), against PyTorch's functions
+in float64; the budget is selfcheck.py's."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,8 @@ TENSORS = (  # what `native_parts` returns
     "its sum",
     "sum",
 )
+PRODUCTS = ("product", "gradient of its map", "gradient of its weight", "gradient of its bias")
+LAYER = (300, 544, 1088)  # tokens, inputs and outputs: squares, panels and blocks that are not full
 REMEDY = f"the environment variable {native.FORCE}={native.OFF} trains without any native code"
 Parts = Callable[..., list[Tensor]]
 
@@ -80,16 +83,44 @@ def draw(case: Case, dtype: torch.dtype, device: torch.device) -> list[Tensor | 
 
 def compare(case: Case, dtype: torch.dtype, device: torch.device, parts: Parts = native_parts) -> list[Check]:
     """A check for each of TENSORS, and for a second run."""
-    tensors = draw(case, dtype, device)
-    ours, plain, again = parts(*tensors), plain_parts(*tensors), parts(*tensors)  # type: ignore[arg-type]
-    exact = plain_parts(*(None if tensor is None else tensor.double() for tensor in tensors))  # type: ignore[arg-type]
-    name, checks = str(dtype).removeprefix("torch."), []
-    for tensor, found, usual, true in zip(TENSORS, ours, plain, exact, strict=True):
+    return _compare(str(case), TENSORS, draw(case, dtype, device), parts, plain_parts)
+
+
+def native_products(x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor) -> list[Tensor]:
+    """Of a linear layer and its gradients, whatever the layer itself would take."""
+    operators = torch.ops.swinv2_scale
+    return [
+        operators.linear_forward(x, weight, bias),
+        operators.linear_backward(grad, weight),
+        *operators.weight_gradient(grad, x),
+    ]
+
+
+def plain_products(x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor) -> list[Tensor]:
+    """The same by PyTorch's functions."""
+    return [F.linear(x, weight, bias), grad @ weight, grad.t() @ x, grad.sum(0)]
+
+
+def compare_products(dtype: torch.dtype) -> list[Check]:
+    """A check for each of PRODUCTS, and for a second run; on the CPU, which alone has native ones."""
+    tokens, inputs, outputs = LAYER
+    generator = torch.Generator().manual_seed(0)
+    shapes = (tokens, inputs), (outputs, inputs), (outputs,), (tokens, outputs)
+    tensors: list[Tensor | None] = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+    return _compare(f"{tokens} x {inputs} to {outputs}", PRODUCTS, tensors, native_products, plain_products)
+
+
+def _compare(case: str, names: Sequence[str], tensors: list[Tensor | None], parts: Parts, plain: Parts) -> list[Check]:
+    ours, usual, again = parts(*tensors), plain(*tensors), parts(*tensors)
+    exact = plain(*(None if tensor is None else tensor.double() for tensor in tensors))
+    assert tensors[0] is not None
+    dtype, checks = str(tensors[0].dtype).removeprefix("torch."), []
+    for tensor, found, other, true in zip(names, ours, usual, exact, strict=True):
         factor = GRADIENTS if "gradient" in tensor else VALUES
-        budget = factor * _rms(usual.double() - true) + FLOOR * (_rms(true) + 1)
-        checks.append(Check(str(case), name, tensor, _rms(found.double() - true), budget))
+        budget = factor * _rms(other.double() - true) + FLOOR * (_rms(true) + 1)
+        checks.append(Check(case, dtype, tensor, _rms(found.double() - true), budget))
     difference = max(float((a.double() - b.double()).abs().max()) for a, b in zip(ours, again, strict=True))
-    return [*checks, Check(str(case), name, REPEATED, difference, 0.0)]
+    return [*checks, Check(case, dtype, REPEATED, difference, 0.0)]
 
 
 def checks(device: torch.device, only: torch.dtype | None = None) -> list[Check]:
@@ -104,6 +135,9 @@ def checks(device: torch.device, only: torch.dtype | None = None) -> list[Check]
             except RuntimeError as error:
                 name = str(dtype).removeprefix("torch.")
                 found.append(Check(str(case), name, TENSORS[0], math.inf, 0.0, str(error).splitlines()[0]))
+    for dtype in native.types(device) if device.type == "cpu" else ():
+        if only in (None, dtype) and torch.ops.swinv2_scale.products(dtype) != "none":
+            found += compare_products(dtype)
     return found
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from swinv2_scale.ops import block, native
+from swinv2_scale.ops import block, native, selfcheck_block
 
 # Rows, inputs, outputs: one row, a part of a square, a row more than squares have; panels of more than one block; one
 # step of inputs, and so many that their tiles are asked for, or sums are added up in parts; chunks of one strip and of
@@ -23,11 +23,13 @@ ROUNDING = {torch.bfloat16: 2**-8, torch.float32: 2**-20}
 
 def ways() -> Iterator[tuple[str, torch.dtype]]:
     """Instruction sets and types that have native products here."""
-    before = os.environ.get(native.FORCE, "")
+    before = os.environ.get(native.FORCE)
     for name in () if "cpu" in native.missing else native.instruction_sets():
         os.environ[native.FORCE] = name
         yield from ((name, dtype) for dtype in ROUNDING if torch.ops.swinv2_scale.products(dtype) != "none")
-    os.environ[native.FORCE] = before
+    os.environ.pop(native.FORCE, None)
+    if before is not None:
+        os.environ[native.FORCE] = before
 
 
 WAYS = list(ways())
@@ -95,6 +97,21 @@ def test_neither_threads_nor_repetition_change_a_bit(dtype: torch.dtype) -> None
     torch.set_num_threads(before)
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("wrong", range(4), ids=lambda number: selfcheck_block.PRODUCTS[number])
+def test_the_self_check_sees_what_is_wrong(wrong: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert all(check.passed for check in selfcheck_block.compare_products(dtype))
+    right = selfcheck_block.native_products
+
+    def products(*tensors: Tensor) -> list[Tensor]:
+        found = right(*tensors)
+        found[wrong][..., ::32] *= 1.5  # a column of 32, or one number
+        return found
+
+    monkeypatch.setattr(selfcheck_block, "native_products", products)
+    failed = [check.tensor for check in selfcheck_block.compare_products(dtype) if not check.passed]
+    assert failed == [selfcheck_block.PRODUCTS[wrong]]
 
 
 def test_what_does_not_fit_is_refused(dtype: torch.dtype) -> None:
