@@ -52,9 +52,8 @@ missing = _load()
 
 
 if "cpu" not in missing:
-    products = [torch.ops.swinv2_scale.linear_forward, torch.ops.swinv2_scale.linear_backward]
 
-    @register_flop_formula(products)
+    @register_flop_formula([torch.ops.swinv2_scale.linear_forward, torch.ops.swinv2_scale.linear_backward])
     def _product_flops(rows: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -> int:
         return 2 * rows[0] * weight[0] * weight[1]
 
