@@ -127,7 +127,7 @@ def test_sequential_attention_differs_by_rounding_only(model: SwinTransformerV2)
 
 def test_an_mlp_in_parts_differs_by_rounding_only(model: SwinTransformerV2) -> None:
     assert_close(step(model), step(model, mlp_tokens=TOKENS))
-    assert unequal(step(model), step(model, mlp_tokens=10**6)) == []  # one part
+    assert_close(step(model), step(model, mlp_tokens=10**6))  # one part, of another form: MKL may sum it differently
 
 
 @pytest.mark.parametrize("name", NAMES)
