@@ -286,10 +286,12 @@ void gradient_task(const Gradient& call, int64_t number) {
   const Element* right = static_cast<const Element*>(call.x) + begin * call.inputs + column;
   Element* out = static_cast<Element*>(call.weight_grad) + row * int64_t(call.inputs) + column;
   const bool adds = column == 0;  // the sums of grad's rows: only one of the tasks that have these
-  if (adds) memset(room->bias, 0, sizeof room->bias);
+  float* const bias = call.bias_parts + chunk * call.outputs + row;
+  if (adds && call.continues) memcpy(room->bias, bias, rows * sizeof(float));
+  else if (adds) memset(room->bias, 0, sizeof room->bias);
   // A panel's sums lie together: (panels, rows, 32). The only chunk's stay with the thread, in the cache.
   const auto sums_of = [&](int panel) {
-    if (call.chunks == 1) return room->sums + panel * rows * COLUMNS;
+    if (!call.weight_parts) return room->sums + panel * rows * COLUMNS;
     return call.weight_parts + chunk * call.outputs * call.inputs +
            (int64_t(column / COLUMNS + panel) * call.outputs + row) * COLUMNS;
   };
@@ -312,13 +314,13 @@ void gradient_task(const Gradient& call, int64_t number) {
         of_right.ask(last ? next : tokens, done + ROWS, rows);
         of_left.ask(next, panel * rows + done + ROWS, panels * rows);
         const Word* here = room->left + done / ROWS * (ROWS * words + GAP);
-        multiply<Element>([&](int i, int word) { return here[word * ROWS + i]; }, room->right, words, into(square, token > begin));
+        multiply<Element>([&](int i, int word) { return here[word * ROWS + i]; }, room->right, words, into(square, call.continues || token > begin));
       }
     }
   }
-  for (int panel = 0; panel < panels && call.chunks == 1; ++panel)
+  for (int panel = 0; panel < panels && !call.weight_parts; ++panel)
     store_rows(sums_of(panel), 1, 0, rows, out + panel * COLUMNS, call.inputs);
-  if (adds) memcpy(call.bias_parts + chunk * call.outputs + row, room->bias, rows * sizeof(float));
+  if (adds) memcpy(bias, room->bias, rows * sizeof(float));
 }
 
 template <class Element>

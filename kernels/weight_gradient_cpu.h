@@ -12,7 +12,8 @@ struct Call {
   int64_t tokens, chunks;            // of tokens: each has a part of the sums
   int outputs, inputs, threads;      // channels of the layer; how many threads share the tasks
   const void *grad, *x;              // (tokens, outputs), (tokens, inputs)
-  float *weight_parts, *bias_parts;  // (chunks, outputs · inputs), (chunks, outputs)
+  float *weight_parts, *bias_parts;  // (chunks, outputs · inputs), null if there is one; (chunks, outputs)
+  bool continues;                    // by vectors: parts hold the sums of the tokens before
   void* weight_grad;                 // (outputs, inputs), in the type of maps
 };
 

@@ -38,7 +38,7 @@ def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tenso
     """Two linear layers with GELU between them: (…, C) -> (…, C)."""
     if torch.compiler.is_compiling():
         return F.linear(F.gelu(F.linear(x, weight1, bias1)), weight2, bias2)
-    return _Mlp.apply(*_autocast(x, weight1, bias1, weight2, bias2))
+    return _Mlp.apply(*_autocast(x, weight1, bias1, weight2, bias2), torch.is_grad_enabled())
 
 
 def residual_post_norm(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, keep: Tensor | None) -> Tensor:
@@ -107,17 +107,26 @@ def _products(*maps: Tensor) -> str:
     return "none" if "cpu" in native.missing else torch.ops.swinv2_scale.products(maps[0].dtype)
 
 
-def _takes_product(x: Tensor, weight: Tensor) -> bool:
+def _takes_product(x: Tensor, *weights: Tensor) -> bool:
     """Whether the native product is faster than PyTorch's: by tiles where maps are longer than wide and not narrow, by
-    vectors where laying the weight out does not cost more than it brings."""
-    if len(weight) % 32:
+    vectors where laying the weight out does not cost more than it brings. Of two weights: both products of an MLP in
+    one operator, where each thread has some hundred tokens."""
+    kind, inputs = _products(x, *weights), x.shape[-1]
+    tokens = x.numel() // inputs
+    if len(weights) > 1 and (
+        __import__("os").environ.get("NOCHAIN") or kind != "vectors" or tokens < 512 * torch.get_num_threads()
+    ):
         return False
-    inputs = x.shape[-1]
-    tokens, outputs = x.numel() // inputs, weight.numel() // inputs
-    kind = _products(x, weight)
-    if kind == "tiles":
-        return 512 <= inputs < 4096 and outputs >= 512 and tokens >= inputs
-    return kind == "vectors" and tokens >= max(256, inputs // 8)
+    for weight in weights:
+        outputs = weight.numel() // inputs
+        if kind == "tiles":
+            fast = 512 <= inputs < 4096 and outputs >= 512 and tokens >= inputs
+        else:
+            fast = kind == "vectors" and tokens >= max(256, inputs // 8)
+        if not fast or len(weight) % 32:
+            return False
+        inputs = outputs
+    return True
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -143,13 +152,16 @@ def _gelu_backward(grad: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor
 
 
 def _parameter_gradients(
-    grad: Tensor, x: Tensor, for_weight: bool, for_bias: bool
+    grad: Tensor, x: Tensor, for_weight: bool, for_bias: bool, total: Tensor | None = None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(n, C') and (n, C) -> (C', C) and (C',), the gradients of a weight and of a bias, of those that are wanted."""
+    """(n, C') and (n, C) -> (C', C) and (C',), the gradients of a weight and of a bias, of those that are wanted;
+    `total` is the sum of `grad` if it is known."""
     if for_weight and _takes_gradient(grad, x):
         of_weight, of_bias = torch.ops.swinv2_scale.weight_gradient(grad, x)
         return of_weight, of_bias.to(grad.dtype) if for_bias else None
-    return grad.t() @ x if for_weight else None, _sum(grad) if for_bias else None
+    if for_bias:
+        total = _sum(grad) if total is None else total.to(grad.dtype)
+    return grad.t() @ x if for_weight else None, total if for_bias else None
 
 
 def _takes_gradient(grad: Tensor, x: Tensor) -> bool:
@@ -158,6 +170,14 @@ def _takes_gradient(grad: Tensor, x: Tensor) -> bool:
     if kind == "tiles":
         return 2 * len(x) >= min(channels)
     return kind == "vectors" and len(x) >= max(256, max(channels) // 8)
+
+
+def _takes_mlp_gradient(grad: Tensor, hidden: Tensor) -> bool:
+    """Whether all gradients of an MLP come from one operator: every thread has a chunk of tokens, or several."""
+    chunks, threads = min(len(grad) // 2048, 16), torch.get_num_threads()
+    return (
+        _products(grad, hidden) == "vectors" and chunks >= threads and (chunks % threads == 0 or chunks >= 4 * threads)
+    )
 
 
 class _Linear(torch.autograd.Function):
@@ -179,18 +199,30 @@ class _Linear(torch.autograd.Function):
 
 class _Mlp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
-        hidden = _product(x, weight1, bias1)
+    def forward(
+        ctx: Any, x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, keep: bool
+    ) -> Tensor:
+        if _takes_product(x, weight1, weight2):
+            rows = x.flatten(0, -2)
+            out, hidden = torch.ops.swinv2_scale.mlp_forward(rows, weight1, bias1, weight2, bias2, keep)
+            out, hidden = out.view_as(x), hidden.view(*(x.shape[:-1] if keep else (0,)), len(weight1))
+        else:
+            hidden = _product(x, weight1, bias1)
+            out = _product(_gelu(hidden), weight2, bias2)
         ctx.save_for_backward(x, hidden, weight1, weight2)
-        return _product(_gelu(hidden), weight2, bias2)
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, hidden, weight1, weight2 = ctx.saved_tensors
-        for_x, for_weight1, for_bias1, for_weight2, for_bias2 = ctx.needs_input_grad
+        for_x, for_weight1, for_bias1, for_weight2, for_bias2, _ = ctx.needs_input_grad
         large = hidden.numel() >= LARGE * len(hidden)
         grad, hidden = _rows(grad), _rows(hidden)
+        if all(ctx.needs_input_grad[:5]) and _takes_mlp_gradient(grad, hidden):
+            tensors = (grad, _rows(x), hidden, weight1, weight2)
+            grad_x, first, bias1, second, bias2 = torch.ops.swinv2_scale.mlp_backward(*tensors)
+            return grad_x.view_as(x), first, bias1.to(grad.dtype), second, bias2.to(grad.dtype), None
         if not large:  # one pass for GELU and its gradient
             grad_hidden, activated, sum_hidden = _gelu_backward(_input_gradient(grad, weight2), hidden)
             second = _parameter_gradients(grad, activated, for_weight2, for_bias2)
@@ -200,9 +232,8 @@ class _Mlp(torch.autograd.Function):
             grad_hidden = _input_gradient(grad, weight2)
             parts = zip(grad_hidden.split(PART), hidden.split(PART), strict=True)
             sum_hidden = torch.stack([_gelu_backward(*part)[2] for part in parts]).sum(0)
-        first, _ = _parameter_gradients(grad_hidden, _rows(x), for_weight1, False)
-        for_hidden = sum_hidden.to(grad.dtype) if for_bias1 else None
-        return _input_gradient(grad_hidden, weight1).view_as(x) if for_x else None, first, for_hidden, *second
+        first = _parameter_gradients(grad_hidden, _rows(x), for_weight1, for_bias1, sum_hidden)
+        return _input_gradient(grad_hidden, weight1).view_as(x) if for_x else None, *first, *second, None
 
 
 class _ResidualPostNorm(torch.autograd.Function):

@@ -57,6 +57,14 @@ if "cpu" not in missing:
     def _product_flops(rows: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -> int:
         return 2 * rows[0] * weight[0] * weight[1]
 
+    @register_flop_formula(torch.ops.swinv2_scale.mlp_forward)
+    def _mlp_flops(rows: Sequence[int], weight1: Sequence[int], *_: Any, **__: Any) -> int:
+        return 4 * rows[0] * weight1[0] * weight1[1]
+
+    @register_flop_formula(torch.ops.swinv2_scale.mlp_backward)
+    def _mlp_gradient_flops(grad: Sequence[int], x: Sequence[int], hidden: Sequence[int], *_: Any, **__: Any) -> int:
+        return 8 * hidden[0] * hidden[1] * grad[1]
+
     @register_flop_formula(torch.ops.swinv2_scale.weight_gradient)
     def _gradient_flops(grad: Sequence[int], x: Sequence[int], *_: Any, **__: Any) -> int:
         return 2 * grad[0] * grad[1] * x[1]

@@ -188,7 +188,14 @@ def check_layers(
     tensors = [(torch.randn(shape) / shape[-1] ** 0.5).to(dtype) for shape in shapes]
     calls: list[bool] = []
     decide = getattr(block, decision)
-    monkeypatch.setattr(block, decision, lambda *maps: calls.append(decide(*maps)) or calls[-1])
+
+    def of_a_layer(*maps: Tensor) -> bool:
+        taken = decide(*maps)
+        if len(maps) == 2:  # else it is whether an MLP is one operator: not of as few tokens
+            calls.append(taken)
+        return taken
+
+    monkeypatch.setattr(block, decision, of_a_layer)
     found = gradients(block.linear, tensors[:3]) + gradients(block.mlp, tensors)
     assert calls == taken, sizes
     monkeypatch.setattr(block, decision, lambda *maps: False)
@@ -196,3 +203,87 @@ def check_layers(
         assert own.dtype == usual.dtype and own.shape == usual.shape
         assert (own.float() - usual.float()).norm() <= 5e-3 * usual.float().norm()
     monkeypatch.setattr(block, decision, decide)
+
+
+# Tokens, channels, hidden channels: a part that is not full; chunks of two parts and a bit; channels of several blocks.
+MLPS = [(300, 32, 96), (4300, 64, 128), (6200, 96, 384), (2100, 576, 1120)]
+
+
+def mlp_operands(tokens: int, channels: int, hidden: int, dtype: torch.dtype) -> list[Tensor]:
+    """x, both weights and biases, and a gradient of the output."""
+    generator = torch.Generator().manual_seed(tokens)
+    shapes = (tokens, channels), (hidden, channels), (hidden,), (channels, hidden), (channels,), (tokens, channels)
+    return [(torch.randn(s, generator=generator) / (s[-1] ** 0.5 if len(s) == 2 else 1)).to(dtype) for s in shapes]
+
+
+@pytest.fixture
+def by_vectors(dtype: torch.dtype) -> torch.dtype:
+    if torch.ops.swinv2_scale.products(dtype) != "vectors":
+        pytest.skip("MLPs are one operator only where products are by vectors")
+    return dtype
+
+
+@pytest.mark.parametrize("shape", MLPS, ids=str)
+def test_an_mlp_in_one_operator_is_its_parts(shape: tuple[int, int, int], by_vectors: torch.dtype) -> None:
+    """Bit by bit, whether it keeps the hidden map or not, at any number of threads."""
+    operators, before = torch.ops.swinv2_scale, torch.get_num_threads()
+    x, weight1, bias1, weight2, bias2, grad = mlp_operands(*shape, by_vectors)
+    hidden = operators.linear_forward(x, weight1, bias1)
+    out = operators.linear_forward(operators.gelu_forward(hidden), weight2, bias2)
+    slope = operators.linear_backward(grad, weight2)
+    activated, _ = operators.gelu_backward(slope, hidden)
+    of_second, of_first = operators.weight_gradient(grad, activated), operators.weight_gradient(slope, x)
+    expected = [out, hidden, out, operators.linear_backward(slope, weight1), *of_first, *of_second]
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        found = list(operators.mlp_forward(x, weight1, bias1, weight2, bias2, True))
+        lean, nothing = operators.mlp_forward(x, weight1, bias1, weight2, bias2, False)
+        found += [lean, *operators.mlp_backward(grad, x, hidden, weight1, weight2)]
+        torch.set_num_threads(before)
+        assert nothing.numel() == 0
+        for one, other in zip(found, expected, strict=True):
+            assert one.dtype == other.dtype and torch.equal(one, other), threads
+
+
+def test_an_mlp_is_one_operator_where_threads_have_enough_tokens(
+    by_vectors: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forward and backward, with the results of its parts; and without its hidden map where there are no gradients."""
+    before = torch.get_num_threads()
+    for threads, tokens, forward, backward in [(2, 4096, 1, 1), (2, 1023, 0, 0), (2, 1024, 1, 0), (3, 4096, 1, 0)]:
+        torch.set_num_threads(threads)
+        *tensors, _ = mlp_operands(tokens, 64, 128, by_vectors)
+        with torch.profiler.profile() as profile:
+            found = gradients(block.mlp, tensors)
+        torch.set_num_threads(before)
+        names = [event.name.removeprefix("swinv2_scale::") for event in profile.events()]
+        assert (names.count("mlp_forward"), names.count("mlp_backward")) == (forward, backward), (threads, tokens)
+        with monkeypatch.context() as apart:
+            apart.setattr(block, "_takes_mlp_gradient", lambda *maps: False)
+            apart.setattr(
+                block, "_takes_product", lambda *maps, decide=block._takes_product: len(maps) < 3 and decide(*maps)
+            )
+            expected = gradients(block.mlp, tensors)
+        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+        with torch.no_grad():
+            assert torch.equal(block.mlp(*tensors), expected[0])
+
+
+def test_an_mlp_that_does_not_fit_is_refused(by_vectors: torch.dtype) -> None:
+    operators = torch.ops.swinv2_scale
+    x, weight1, bias1, weight2, bias2, grad = mlp_operands(40, 32, 64, by_vectors)
+    hidden = operators.linear_forward(x, weight1, bias1)
+    with pytest.raises(RuntimeError, match="x has 64 channels, the weight 32"):
+        operators.mlp_forward(hidden, weight1, bias1, weight2, bias2, True)
+    with pytest.raises(RuntimeError, match="the hidden map has 64 channels, the weight 32"):
+        operators.mlp_forward(x, weight1, bias1, weight1, bias1, True)
+    with pytest.raises(RuntimeError, match="x, hidden and grad must have as many tokens"):
+        operators.mlp_backward(grad, x[1:].contiguous(), hidden, weight1, weight2)
+    with pytest.raises(RuntimeError, match="hidden has 32 channels, the weight 64"):
+        operators.mlp_backward(grad, x, x, weight1, weight2)
+    with pytest.raises(RuntimeError, match="grad has 64 channels, the weight 32"):
+        operators.mlp_backward(hidden, x, hidden, weight1, weight2)
+    with pytest.raises(RuntimeError, match="hidden must be contiguous, on the CPU and of the same type"):
+        operators.mlp_backward(grad, x, hidden.double(), weight1, weight2)
+    with pytest.raises(RuntimeError, match="no native products of maps of this type"):
+        operators.mlp_forward(x.double(), weight1, bias1, weight2, bias2, True)
