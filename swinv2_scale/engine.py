@@ -8,6 +8,7 @@ told of float32: its own bf16 mode would cast logit_scale and the position bias 
 
 import ctypes
 import importlib
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -146,10 +147,11 @@ class Engine:
         self._disk = disk
         if ema_decay is not None and "nvme" in str(ds_config["zero_optimization"].get("offload_optimizer")):
             raise ValueError("optim.ema_decay is not kept with parallel.offload=nvme: set one of them to null")
-        with on_disk(disk), flat_gradients(stage == 1 and "offload_optimizer" not in ds_config["zero_optimization"]):
-            self._deepspeed, *_ = deepspeed.initialize(
-                model=model, optimizer=make_optimizer(_one_type_each(groups, stage)), config=ds_config
-            )
+        flat = stage == 1 and "offload_optimizer" not in ds_config["zero_optimization"]
+        alone = flat and distributed.world_size() * self.accumulation == 1
+        groups = _split(groups, stage, PART if alone else math.inf)
+        with on_disk(disk), flat_gradients(flat):
+            self._deepspeed, *_ = deepspeed.initialize(model=model, optimizer=make_optimizer(groups), config=ds_config)
         self._zero = stage > 0
         self._norm: Tensor | None = None
         self._base = self._deepspeed.optimizer.optimizer if self._zero else self._deepspeed.optimizer
@@ -378,6 +380,8 @@ class Engine:
 
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+# Elements of a group whose gradients wait in 16 bits: the optimiser reads a group's in float32, which is 48 MiB then.
+PART = 3 * 2**22
 AVERAGE = "ema"  # the exponential moving average of a parameter, kept among the optimiser's states
 # Per-parameter tensors that each optimiser keeps.
 STATES: dict[str, tuple[str, ...]] = {
@@ -443,19 +447,25 @@ def _keep_freed_memory() -> None:
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def _one_type_each(groups: list[dict[str, Any]], stage: int) -> list[dict[str, Any]]:
-    """Split groups by parameter type, since ZeRO flattens a group into one buffer.
+def _split(groups: list[dict[str, Any]], stage: int, most: float) -> list[dict[str, Any]]:
+    """Split groups by parameter type, since ZeRO flattens a group into one buffer, and into parts of `most` elements.
 
     DeepSpeed takes the type of the first group for that of all. Stages 1 and 3 then accumulate all gradients in float32
     if it has 16 bits; stage 2 reduces all gradients in it, so there it must be float32.
     """
-    split = []
+    split: list[dict[str, Any]] = []
     for dtype in sorted(PRECISIONS.values(), key=lambda dtype: dtype.itemsize, reverse=stage == 2):
         for group in groups:
-            chosen = [(p, n) for p, n in zip(group["params"], group["names"], strict=True) if p.dtype == dtype]
-            if chosen:
-                parameters, names = zip(*chosen, strict=True)
-                split.append({**group, "params": list(parameters), "names": list(names)})
+            room = -1.0  # in the part before; under ZeRO 3 parameters have no elements here
+            for parameter, name in zip(group["params"], group["names"], strict=True):
+                if parameter.dtype != dtype:
+                    continue
+                if parameter.numel() > room:
+                    split.append({**group, "params": [], "names": []})
+                    room = most
+                split[-1]["params"].append(parameter)
+                split[-1]["names"].append(name)
+                room -= parameter.numel()
     return split
 
 

@@ -155,7 +155,8 @@ class FlatGradients(deepspeed.runtime.engine.DeepSpeedZeroOptimizer):
         """The sums of a piece; beyond the last parameter they are zero."""
         if piece.sums is None:
             weights, size = self.bit16_groups_flat[piece.group], int(self.partition_size[piece.group])
-            dtype = torch.promote_types(weights.dtype, self.gradient_accumulation_dtype)
+            terms = self._world * self.gradient_accumulation_steps  # of one, the sum is the gradient in its own type
+            dtype = torch.promote_types(weights.dtype, self.gradient_accumulation_dtype) if terms > 1 else weights.dtype
             if self._scatters:
                 piece.sums = weights.new_empty(len(weights), dtype=dtype)
                 self._own[piece.group] = piece.sums.narrow(0, self._rank * size, size)

@@ -7,8 +7,9 @@
 The parts that memory bounds are native on the CPU (kernels/block_cpu.cpp) and on NVIDIA's GPUs (kernels/block_cuda.cu),
 PyTorch's functions where those are missing or take no such map. Products are PyTorch's, but for those that are faster
 here: on processors with AMX in bfloat16 (kernels/linear_cpu.cpp, kernels/weight_gradient_cpu.cpp), on others that have
-dot products of bfloat16 in float32 too (kernels/linear_vectors_cpu.cpp). A compiler sees compositions of PyTorch's
-functions, which it fuses in its own way, and which tests and the self-check compare the rest with.
+dot products of bfloat16 in float32 too (kernels/linear_vectors_cpu.cpp), where an MLP of many tokens is one operator
+(kernels/bindings_mlp.cpp). A compiler sees compositions of PyTorch's functions, which it fuses in its own way, and
+which tests and the self-check compare the rest with.
 Channels are the last dimension of every map.
 """
 
