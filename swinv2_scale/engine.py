@@ -23,7 +23,7 @@ from swinv2_scale import distributed
 from swinv2_scale.mapped import MappedFile
 from swinv2_scale.models.initial import Unfilled
 from swinv2_scale.optim import Lamb, LossScale
-from swinv2_scale.parallel import PRECISIONS, cast
+from swinv2_scale.parallel import PRECISIONS, WAITING_GROUP, cast
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed probes for accelerators, with warnings
@@ -148,8 +148,8 @@ class Engine:
         if ema_decay is not None and "nvme" in str(ds_config["zero_optimization"].get("offload_optimizer")):
             raise ValueError("optim.ema_decay is not kept with parallel.offload=nvme: set one of them to null")
         flat = stage == 1 and "offload_optimizer" not in ds_config["zero_optimization"]
-        alone = flat and distributed.world_size() * self.accumulation == 1
-        groups = _split(groups, stage, PART if alone else math.inf)
+        one = flat and distributed.world_size() * self.accumulation == 1  # gradient, which needs no sum
+        groups = _split(groups, stage, WAITING_GROUP if one else math.inf)
         with on_disk(disk), flat_gradients(flat):
             self._deepspeed, *_ = deepspeed.initialize(model=model, optimizer=make_optimizer(groups), config=ds_config)
         self._zero = stage > 0
@@ -380,8 +380,6 @@ class Engine:
 
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-# Elements of a group whose gradients wait in 16 bits: the optimiser reads a group's in float32, which is 48 MiB then.
-PART = 3 * 2**22
 AVERAGE = "ema"  # the exponential moving average of a parameter, kept among the optimiser's states
 # Per-parameter tensors that each optimiser keeps.
 STATES: dict[str, tuple[str, ...]] = {

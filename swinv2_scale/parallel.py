@@ -10,6 +10,8 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 # Parameters that stay float32 whatever the precision: scales, the position bias network, norms.
 FLOAT32 = re.compile(r"(^|\.)(logit_scale|cpb_mlp\.\d+\.\w+|\w*norm\d?\.\w+)$")
 OFFLOADS = (None, "host", "nvme", "disk")
+# Elements of a group of weights whose gradients wait in 16 bits: the optimiser reads a group's in float32, 48 MiB then.
+WAITING_GROUP = 3 * 2**22
 # Of offload=nvme; blocks in bytes.
 AIO = {"block_size": 2**20, "queue_depth": 8, "thread_count": 1, "single_submit": False, "overlap_events": True}
 

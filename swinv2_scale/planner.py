@@ -23,7 +23,7 @@ from swinv2_scale.models.dry_run import most_objects
 from swinv2_scale.models.simmim import SimMIM
 from swinv2_scale.models.swin_v2 import stage_grid
 from swinv2_scale.models.upernet import UPerNet
-from swinv2_scale.parallel import batch_arithmetic, cast
+from swinv2_scale.parallel import WAITING_GROUP, batch_arithmetic, cast
 
 GIB = 2**30
 
@@ -42,7 +42,7 @@ def state_bytes(
     """Bytes on each rank that last from step to step, and those of the step itself, by what they are for.
 
     weights     in their training type; ZeRO 3 divides them
-    gradients   summed in float32 or in the weights' type, which ZeRO 2 and 3 divide
+    gradients   summed in float32 ("fp32") or in the weights' type, which ZeRO 2 and 3 divide
     optimizer   float32 master weights and AdamW's two moments, and the average of the weights; ZeRO 1 to 3 divide them
     step        under ZeRO 2 and 3 the gradients of a rank's own part once more, in one piece, while the optimiser takes
                 its step; under ZeRO 3 of its largest sub-group, of sub_group parameters on all ranks together. With
@@ -149,13 +149,14 @@ def plan(
     accumulation = batch_arithmetic(cfg.global_batch, images, ranks)
     parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     stage = cfg.parallel.zero_stage
+    waits = stage == 1 and ranks * accumulation == 1 and not cfg.parallel.offload  # in its own type: of one, no sum
     states = state_bytes(
         parameters,
         zero_stage=stage,
         precision=cfg.precision,
         ranks=ranks,
         ema=cfg.optim.ema_decay is not None,
-        accumulate=cfg.parallel.accumulate,
+        accumulate="own" if waits else cfg.parallel.accumulate,
         offload=cfg.parallel.offload,
         sub_group=_largest_sub_group(model, cfg.parallel.sub_group_size * ranks),
     )
@@ -202,7 +203,7 @@ def plan(
         host_bytes=found.host + states["host"],
         host_states_bytes=states["host"],
         backward_bytes=static + waiting + found.peak + buckets + gathered,
-        step_bytes=static + states["gradients"] + states["step"] + 2 * buckets + copied,
+        step_bytes=static + states["gradients"] + states["step"] + 2 * buckets + copied + waits * 4 * WAITING_GROUP,
         flops_per_step=cfg.global_batch * (3 * flops["all"] + flops["again"] + of_heads),
         attention_flops=cfg.global_batch * (3 * flops["attention"] + flops["attention again"]),
         recomputed_flops=cfg.global_batch * flops["again"],

@@ -13,6 +13,7 @@ import yaml
 
 import swinv2_scale
 from swinv2_scale import config
+from swinv2_scale import engine as engine_module
 from swinv2_scale.engine import Engine, build_engine, optimizer
 from swinv2_scale.mapped import MappedFile
 from swinv2_scale.models.initial import initial_values
@@ -88,13 +89,25 @@ def test_master_weights_keep_what_bf16_would_round() -> None:
     assert torch.equal(head.bfloat16(), built.model.head.weight)
 
 
-def test_zero_stages_agree_in_bf16_also_where_parameters_are_float32() -> None:
-    """The optimiser's first moment is the accumulated gradient: one rounded to bf16 would differ by 0.1 % and more."""
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_zero_stages_agree_in_bf16_also_where_parameters_are_float32(
+    accumulation: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The optimiser's first moment is the accumulated gradient: one rounded to bf16 would differ by 0.1 % and more. A
+    sum of one gradient keeps its type until the optimiser reads it, a part of the weights at a time."""
+    monkeypatch.setattr(engine_module, "WAITING_GROUP", 5000)
     states = []
     for stage in (1, 2, 3):
-        built = engine(stage, "bf16")
-        built.step(batches(0), loss, 1e-3)
+        built = engine(stage, "bf16", accumulation)
+        built.step(batches(0, accumulation), loss, 1e-3)
         states.append(dict(built.optimizer_state()))
+        if stage == 1:
+            zero = built._deepspeed.optimizer
+            types = {sums.dtype for sums in zero._own.values()}
+            assert types == ({torch.bfloat16, torch.float32} if accumulation == 1 else {torch.float32})
+            largest = max(parameter.numel() for parameter in built.model.parameters())
+            sizes = [sum(p.numel() for p in group) for group in zero.bit16_groups]
+            assert (max(sizes) <= max(5000, largest)) == (accumulation == 1)
     for name, value in states[0].items():
         for other in states[1:]:
             assert (other[name] - value).norm() <= 1e-5 * value.norm(), name
