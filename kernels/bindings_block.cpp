@@ -11,6 +11,7 @@ namespace {
 
 struct Cpu {
   static constexpr const char* NAME = "CPU";
+  static constexpr bool NORM_ALONE = true;
 
   static bool holds(const Tensor& tensor, const Tensor&) { return tensor.is_cpu(); }
   static const Tensor& prepared(const Tensor& tensor) { return tensor; }
@@ -63,7 +64,7 @@ struct Cpu {
 }  // namespace swinv2_block
 
 STABLE_TORCH_LIBRARY_FRAGMENT(swinv2_scale, m) {
-  m.def("residual_norm_forward(Tensor x, Tensor y, Tensor weight, Tensor bias, Tensor? keep, float eps) -> (Tensor, Tensor)");
+  m.def("residual_norm_forward(Tensor? x, Tensor y, Tensor weight, Tensor bias, Tensor? keep, float eps) -> (Tensor, Tensor)");
   m.def(
       "residual_norm_backward(Tensor grad_out, Tensor y, Tensor weight, Tensor? keep, Tensor statistics) -> (Tensor, Tensor)");
   m.def("gelu_forward(Tensor input) -> Tensor");

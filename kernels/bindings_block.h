@@ -21,7 +21,9 @@ inline ScalarType exact_type(const Tensor& map) {
 }
 
 // What the operators are on a Device, which has
-//   NAME, holds(tensor)              of tensors that it can work on, given the map that is
+//   NAME
+//   NORM_ALONE                       whether its norm takes no x, for a norm without residual sum
+//   holds(tensor)                    of tensors that it can work on, given the map that is
 //   prepared(tensor)                 the same numbers where its kernels can read them
 //   norm_chunks(rows), map_chunks(rows, channels)
 //   norm_forward(map, call) …        the work; what has partials adds them up in a tensor `total`
@@ -51,15 +53,16 @@ struct Operators {
     return call;
   }
 
-  static std::tuple<Tensor, Tensor> norm_forward(Tensor x, Tensor y, Tensor weight, Tensor bias, std::optional<Tensor> keep,
-                                                 double eps) {
+  static std::tuple<Tensor, Tensor> norm_forward(std::optional<Tensor> x, Tensor y, Tensor weight, Tensor bias,
+                                                 std::optional<Tensor> keep, double eps) {
     NormCall call = norm_call(y, weight, keep);
-    check("x", x, y, y.scalar_type(), y.numel());
+    STD_TORCH_CHECK(x || Device::NORM_ALONE, "x must be given on the ", Device::NAME);
+    if (x) check("x", *x, y, y.scalar_type(), y.numel()), x = Device::prepared(*x);
     check("bias", bias, y, exact_type(y), call.channels);
-    x = Device::prepared(x), y = Device::prepared(y), weight = Device::prepared(weight), bias = Device::prepared(bias);
+    y = Device::prepared(y), weight = Device::prepared(weight), bias = Device::prepared(bias);
     Tensor out = torch::stable::empty_like(y);
     Tensor statistics = torch::stable::new_empty(weight, {call.rows, 2});
-    call.eps = eps, call.x = x.data_ptr(), call.y = y.data_ptr(), call.weight = weight.data_ptr(), call.bias = bias.data_ptr();
+    call.eps = eps, call.x = x ? x->data_ptr() : nullptr, call.y = y.data_ptr(), call.weight = weight.data_ptr(), call.bias = bias.data_ptr();
     call.out = out.data_ptr(), call.statistics = statistics.data_ptr();
     Device::norm_forward(y, call);
     return {out, statistics};

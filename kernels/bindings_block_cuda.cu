@@ -13,6 +13,7 @@ namespace {
 
 struct Cuda {
   static constexpr const char* NAME = "device of the map";
+  static constexpr bool NORM_ALONE = false;
 
   static bool holds(const Tensor& tensor, const Tensor& map) {
     return tensor.is_cuda() && tensor.get_device_index() == map.get_device_index();

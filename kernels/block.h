@@ -12,7 +12,7 @@ struct NormCall {
   int64_t rows, rows_per_image, chunks;
   int channels;
   double eps;
-  const void *x, *y;             // (rows, channels)
+  const void *x, *y;             // (rows, channels); on the CPU x may be null, for zero
   const void *weight, *bias;     // (channels)
   const void* keep;              // (images) factors of drop path, or null
   void *out, *statistics;        // (rows, channels), (rows, 2)

@@ -32,7 +32,7 @@ void norm_forward(const NormCall& call, int64_t first, int64_t last) {
   const int channels = call.channels;
   const T *weight = static_cast<const T*>(call.weight), *bias = static_cast<const T*>(call.bias);
   for (int64_t row = first; row < last; ++row) {
-    const Element* x = static_cast<const Element*>(call.x) + row * channels;
+    const Element* x = call.x ? static_cast<const Element*>(call.x) + row * channels : nullptr;
     const Element* y = static_cast<const Element*>(call.y) + row * channels;
     Element* out = static_cast<Element*>(call.out) + row * channels;
     const T keep = call.keep ? static_cast<const T*>(call.keep)[row / call.rows_per_image] : T(1);
@@ -44,7 +44,7 @@ void norm_forward(const NormCall& call, int64_t first, int64_t last) {
     const T over = T(1) / root(squares / T(channels) + T(call.eps));
     for (int j = 0; j < channels; j += LANE) {
       const Vec<T> normed = (load_wide(y + j) - mean) * over * load(weight + j) + load(bias + j);
-      store_narrow(out + j, load_wide(x + j) + normed * keep);
+      store_narrow(out + j, x ? load_wide(x + j) + normed * keep : normed * keep);
     }
     T* statistics = static_cast<T*>(call.statistics) + 2 * row;
     statistics[0] = mean, statistics[1] = over;

@@ -229,7 +229,7 @@ def units(
     out = tokens * backbone.widths[0] * low
     weights = backbone.patch_embed.proj.weight.numel()
     embed = [Op(out, extra=pixels * low, weights=weights, scratch=out)]
-    embed += _norm(tokens, backbone.widths[0], low)
+    embed += _norm(tokens, backbone.widths[0], low, device)
     if simmim:
         embed.append(Op(out, extra=2 * tokens * low, scratch=out))
     found = [Unit("embedding", 0.0, [Chain(embed)])]
@@ -260,7 +260,7 @@ def units(
             tokens = images * math.prod(stage_grid(embedded, stage + 1))
             whole = 4 * tokens * width * low
             ops = [Op(whole), Op(whole / 2, True, weights=8 * width**2)]
-            ops += _norm(tokens, 2 * width, low)
+            ops += _norm(tokens, 2 * width, low, device)
             found.append(Unit(f"stage {stage + 1}", source, [Chain(ops)]))
     # 3  head and loss, or what is before heads that are run
     tokens = images * math.prod(grid)
@@ -269,16 +269,16 @@ def units(
         chains = _block(model.decoder.attention, attention="auto", mlp_tokens=0, **shape)
         found.append(Unit("global attention", source, chains))
     if not isinstance(model, UPerNet | CascadeRCNN):
-        head = _head(backbone, simmim, images, tokens, pixels, low)
+        head = _head(backbone, simmim, images, tokens, pixels, low, device)
         found.append(Unit("head and loss", source, [Chain(head)]))
     return found
 
 
 def _head(
-    backbone: SwinTransformerV2, simmim: SimMIM | None, images: int, tokens: int, pixels: int, low: int
+    backbone: SwinTransformerV2, simmim: SimMIM | None, images: int, tokens: int, pixels: int, low: int, device: str
 ) -> list[Op]:
     """The last norm, the classifier or the decoder, and the loss in float32."""
-    ops = _norm(tokens, backbone.widths[-1], low)
+    ops = _norm(tokens, backbone.widths[-1], low, device)
     if simmim:
         out, decoder = pixels * EXACT, math.prod(simmim.decoder.get_parameter("0.weight").shape)
         ops += [Op(pixels * low, True, weights=decoder), Op(pixels * low)] + [Op(out)] * (low != EXACT)
@@ -291,11 +291,12 @@ def _head(
     return ops
 
 
-def _norm(tokens: int, channels: int, low: int) -> list[Op]:
-    """models.swin_v2.LayerNorm: in float32, with mean and deviation of each token."""
-    exact, size = tokens * channels * EXACT, tokens * channels * low
-    norm = Op(exact, True, extra=2 * tokens * EXACT)
-    return [norm] if low == EXACT else [Op(exact), norm, Op(size)]
+def _norm(tokens: int, channels: int, low: int, device: str) -> list[Op]:
+    """models.swin_v2.LayerNorm: mean and deviation of each token; a CPU needs no float32 copy of a map of 16 bits."""
+    exact, size, statistics = tokens * channels * EXACT, tokens * channels * low, 2 * tokens * EXACT
+    if device == "cpu" or low == EXACT:
+        return [Op(size, True, extra=statistics)]
+    return [Op(exact), Op(exact, True, extra=statistics), Op(size)]
 
 
 def _block(
@@ -337,7 +338,7 @@ def _block(
         scratch = wide if tokens // images * hidden >= LARGE else both
         mlp = [Op(size, True, extra=wide, weights=2 * channels * hidden, scratch=scratch)]
     chains = [Chain([*ops, post_norm], residual=True), Chain([*mlp, post_norm], residual=True)]
-    return chains if isinstance(block.enorm, nn.Identity) else [*chains, Chain(_norm(tokens, channels, low))]
+    return chains if isinstance(block.enorm, nn.Identity) else [*chains, Chain(_norm(tokens, channels, low, device))]
 
 
 def _attend(size: float, window: Sequence[int], windows: int, heads: int, low: int, images: int | None) -> Op:

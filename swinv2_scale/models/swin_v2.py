@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from swinv2_scale.models.initial import init_weights
 from swinv2_scale.models.position_bias import PositionBias
 from swinv2_scale.ops import cosine_window_attention
-from swinv2_scale.ops.block import linear, mlp, residual_post_norm
+from swinv2_scale.ops.block import layer_norm, linear, mlp, residual_post_norm
 from swinv2_scale.ops.windows import fit_window
 
 PATCH = 4  # pixels per axis; every released model has it
@@ -30,7 +30,7 @@ class LayerNorm(nn.LayerNorm):
     """Normalises in the type of its weights (float32 in mixed precision) and returns the type of its input."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
+        return layer_norm(x, self.weight, self.bias)
 
 
 class PostNorm(nn.LayerNorm):

@@ -3,6 +3,7 @@
     linear               x · Wᵀ + b
     mlp                  fc2(gelu(fc1(x))); keeps x and fc1's output, and computes GELU again in backward
     residual_post_norm   x + keep · norm(y); keeps y and two numbers per token
+    layer_norm           the norm alone
 
 The parts that memory bounds are native on the CPU (kernels/block_cpu.cpp) and on NVIDIA's GPUs (kernels/block_cuda.cu),
 PyTorch's functions where those are missing or take no such map. Products are PyTorch's, but for those that are faster
@@ -52,6 +53,16 @@ def residual_post_norm(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, keep:
     return _ResidualPostNorm.apply(x, y.to(x.dtype), weight, bias, keep)
 
 
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """LayerNorm(x) · weight + bias in x's type; the norm in that of its weight. x (…, C), weight and bias (C,).
+
+    Native on the CPU alone. PyTorch's, of a map of 16 bits and weights of 32, sums gradients in 16 bits there.
+    """
+    if x.device.type == "cpu" and _has_native_norm(x, weight) and not torch.compiler.is_compiling():
+        return _ResidualPostNorm.apply(None, x, weight, bias, None)
+    return F.layer_norm(x.to(weight.dtype), weight.shape, weight, bias, EPS).to(x.dtype)
+
+
 def composed_post_norm(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, keep: Tensor | None) -> Tensor:
     """`residual_post_norm` as PyTorch's functions have it."""
     branch = F.layer_norm(y.to(weight.dtype), weight.shape, weight, bias, EPS)
@@ -70,6 +81,10 @@ def _is_native(map: Tensor, norm: bool = False) -> bool:
     if device == "cpu":
         return map.dtype in (*native.TYPES, torch.float64)
     return map.dtype in native.types(map.device) and not (norm and channels > native.MAX_CUDA_CHANNELS)
+
+
+def _has_native_norm(map: Tensor, weight: Tensor) -> bool:
+    return _is_native(map, norm=True) and weight.dtype == torch.promote_types(map.dtype, torch.float32)
 
 
 def _autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -239,13 +254,14 @@ class _Mlp(torch.autograd.Function):
 
 class _ResidualPostNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, keep: Tensor | None) -> Tensor:
-        exact = torch.promote_types(y.dtype, torch.float32)
-        ctx.native = _is_native(y, norm=True) and weight.dtype == exact
+    def forward(ctx: Any, x: Tensor | None, y: Tensor, weight: Tensor, bias: Tensor, keep: Tensor | None) -> Tensor:
+        ctx.native = x is None or _has_native_norm(y, weight)
         if ctx.native:
-            y, keep = y.contiguous(), None if keep is None else keep.to(exact)
-            out, *statistics = torch.ops.swinv2_scale.residual_norm_forward(x.contiguous(), y, weight, bias, keep, EPS)
+            x, y = None if x is None else x.contiguous(), y.contiguous()
+            keep = None if keep is None else keep.to(weight.dtype)
+            out, *statistics = torch.ops.swinv2_scale.residual_norm_forward(x, y, weight, bias, keep, EPS)
         else:
+            assert x is not None
             branch, *statistics = torch.native_layer_norm(y.to(weight.dtype), weight.shape, weight, bias, EPS)
             out = x + (branch if keep is None else branch * _per_image(keep, x)).to(x.dtype)
         ctx.save_for_backward(y, weight, bias, keep, *statistics)
@@ -258,7 +274,7 @@ class _ResidualPostNorm(torch.autograd.Function):
         if ctx.native:
             backward = torch.ops.swinv2_scale.residual_norm_backward
             grad_y, affine = backward(grad.contiguous(), y, weight, keep, *statistics)
-            return grad, grad_y, *affine, None
+            return grad if ctx.needs_input_grad[0] else None, grad_y, *affine, None
         of_branch = grad.to(weight.dtype)
         of_branch = of_branch if keep is None else (of_branch * _per_image(keep, y)).to(weight.dtype)
         backward = torch.ops.aten.native_layer_norm_backward

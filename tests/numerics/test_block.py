@@ -24,6 +24,10 @@ def composed_norm(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, keep: Tens
     return x + (branch if keep is None else branch * keep.view(-1, 1, 1, 1)).to(x.dtype)
 
 
+def composed_norm_alone(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.layer_norm(x.to(weight.dtype), weight.shape, weight, bias).to(x.dtype)
+
+
 def composed_mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
     return F.linear(F.gelu(F.linear(x, weight1, bias1)), weight2, bias2)
 
@@ -35,6 +39,8 @@ def arguments(name: str, channels: int, dtype: torch.dtype) -> list[Any]:
     if name == "norm":
         y = torch.randn_like(x) * 2 + torch.randn_like(x[..., :1])
         return [x, y, torch.randn(channels, dtype=exact), torch.randn(channels, dtype=exact), KEEP]
+    if name == "norm alone":
+        return [2 * x + 1, torch.randn(channels, dtype=exact), torch.randn(channels, dtype=exact)]
     hidden = 2 * channels
     if name == "linear":
         return [x, torch.randn(hidden, channels, dtype=dtype) / 5, torch.randn(hidden, dtype=dtype)]
@@ -44,6 +50,7 @@ def arguments(name: str, channels: int, dtype: torch.dtype) -> list[Any]:
 
 FUNCTIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
     "norm": (block.residual_post_norm, composed_norm),
+    "norm alone": (block.layer_norm, composed_norm_alone),
     "linear": (block.linear, F.linear),
     "mlp": (block.mlp, composed_mlp),
 }
