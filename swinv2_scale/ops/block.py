@@ -56,9 +56,10 @@ def residual_post_norm(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, keep:
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """LayerNorm(x) · weight + bias in x's type; the norm in that of its weight. x (…, C), weight and bias (C,).
 
-    Native on the CPU alone. PyTorch's, of a map of 16 bits and weights of 32, sums gradients in 16 bits there.
+    Maps of 16 bits with weights of 32 are native on the CPU, where PyTorch would sum gradients in 16 bits.
     """
-    if x.device.type == "cpu" and _has_native_norm(x, weight) and not torch.compiler.is_compiling():
+    copies = x.dtype != weight.dtype and not torch.compiler.is_compiling()
+    if copies and x.device.type == "cpu" and _has_native_norm(x, weight):
         return _ResidualPostNorm.apply(None, x, weight, bias, None)
     return F.layer_norm(x.to(weight.dtype), weight.shape, weight, bias, EPS).to(x.dtype)
 

@@ -70,9 +70,10 @@ def test_what_is_kept_and_the_peak(make: Callable, changes: dict[str, Any], loss
     shape = {"images": IMAGES, "size": (SIZE, SIZE), "precision": "bf16", "device": "cpu", "memory": chosen}
     found = activations(planned, **shape, lasting_gradient=2.0)
     # A detector is planned at its most; of this one later stages have fewer boxes, which here are much of the whole.
-    most = 1.03 if make is upernet else 1.15
+    # Heads run on the meta device, whose norms copy their maps to float32, as a GPU's do: up to 3 % here.
+    most = 1.05 if make is upernet else 1.18
     assert 0.97 * kept < found.total < most * kept
-    assert 0.94 * (live.peak - before) < found.peak < (most + 0.03) * (live.peak - before)
+    assert 0.94 * (live.peak - before) < found.peak < (most + 0.06) * (live.peak - before)
     assert all(parameter.grad is None for parameter in planned.parameters())
 
 
