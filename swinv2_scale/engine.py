@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from swinv2_scale import distributed
 from swinv2_scale.mapped import MappedFile
 from swinv2_scale.models.initial import Unfilled
-from swinv2_scale.optim import Lamb, LossScale
+from swinv2_scale.ops import native
+from swinv2_scale.optim import FlatAdamW, Lamb, LossScale
 from swinv2_scale.parallel import PRECISIONS, WAITING_GROUP, cast
 
 if not torch.cuda.is_available():
@@ -49,9 +50,10 @@ def optimizer(
 
     Its learning rates are those that the engine sets. implementation, of AdamW: "torch" (fused), "apex" (NVIDIA's
     FusedAdam), "deepspeed" (CPUAdam, compiled at first use, for states in host memory), or "auto": DeepSpeed's for
-    states that are offloaded from a GPU or to nvme, NVIDIA's on a GPU where it is installed, else torch's. Raises
-    ValueError for what is unknown or not here; and for LAMB with ZeRO, which hands an optimiser slices of many
-    parameters at once, while LAMB scales the step of each parameter by its norm.
+    states that are offloaded from a GPU or to nvme, NVIDIA's on a GPU where it is installed, this project's for states
+    on the CPU under ZeRO 1 (optim.FlatAdamW, where native kernels are built), else torch's. Raises ValueError for what
+    is unknown or not here; and for LAMB with ZeRO, which hands an optimiser slices of many parameters at once, while
+    LAMB scales the step of each parameter by its norm.
     """
     for key, value, known in (("name", name, NAMES), ("implementation", implementation, IMPLEMENTATIONS)):
         if value not in known:
@@ -86,7 +88,8 @@ def optimizer(
         if on_gpu and not offload:
             raise ValueError("optim.implementation=deepspeed is of states in host memory: use auto on a GPU")
         return partial(DeepSpeedCPUAdam, lr=0.0, betas=betas, eps=eps, adamw_mode=True)
-    return partial(torch.optim.AdamW, lr=0.0, betas=betas, eps=eps, fused=True)
+    flat = implementation == "auto" and zero_stage == 1 and not (on_gpu or offload or "cpu" in native.missing)
+    return partial(FlatAdamW if flat else torch.optim.AdamW, lr=0.0, betas=betas, eps=eps, fused=True)
 
 
 def _apex_fused_adam() -> Any:
@@ -384,6 +387,7 @@ AVERAGE = "ema"  # the exponential moving average of a parameter, kept among the
 # Per-parameter tensors that each optimiser keeps.
 STATES: dict[str, tuple[str, ...]] = {
     "AdamW": ("exp_avg", "exp_avg_sq"),
+    "FlatAdamW": ("exp_avg", "exp_avg_sq"),
     "FusedAdam": ("exp_avg", "exp_avg_sq"),
     "DeepSpeedCPUAdam": ("exp_avg", "exp_avg_sq"),
     "SGD": ("momentum_buffer",),

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from swinv2_scale.ops import adamw
+
 # The first pattern that matches a parameter's name says whether weight decay applies; 1-D parameters never decay.
 # The released SimMIM trainer looks these names up with a prefix that is not there and so decays the first three.
 WEIGHT_DECAY = (
@@ -103,6 +105,26 @@ class LossScale:
     def state(self, state: dict[str, float]) -> None:
         if self.grows and state:
             self.value, self._steady = state["value"], int(state["steady"])
+
+
+class FlatAdamW(torch.optim.AdamW):
+    """PyTorch's AdamW, which steps flat weights on the CPU in one native pass where ZeRO hands it those (zero.py)."""
+
+    def update(self, group: dict[str, Any], trained: Tensor, gradient: Tensor, scale: float) -> None:
+        """A step of a group's flat master weights, whose values go to `trained`; the gradient counts `scale` times."""
+        (weights,) = group["params"]
+        state = self.state[weights]
+        state["step"] += 1
+        adamw.step(
+            weights.detach(),
+            state["exp_avg"],
+            state["exp_avg_sq"],
+            trained,
+            gradient,
+            scale=scale,
+            steps=float(state["step"]),
+            **{name: group[name] for name in ("lr", "betas", "eps", "weight_decay")},
+        )
 
 
 class Lamb(torch.optim.Optimizer):

@@ -15,11 +15,16 @@ from typing import Any, NamedTuple
 import deepspeed.comm as dist
 import deepspeed.runtime.engine
 import torch
+from deepspeed.runtime.utils import all_gather_dp_groups
 from deepspeed.runtime.zero import stage3
+from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from torch import Tensor, nn
 
 from swinv2_scale.mapped import MappedFile
+from swinv2_scale.ops import adamw
+from swinv2_scale.optim import FlatAdamW
 
+ZERO_SUPPORTED_OPTIMIZERS.append(FlatAdamW)  # otherwise DeepSpeed warns of it
 NORM_ELEMENTS = 2**16  # of a partial norm; a float32 sum over more loses digits
 
 
@@ -51,7 +56,8 @@ class FlatGradients(deepspeed.runtime.engine.DeepSpeedZeroOptimizer):
     backward adds a gradient to the sums of its piece of the weights; a piece is summed over ranks into its owner's,
     with overlap_comm as soon as it is complete; and the optimiser reads the pieces of its rank where they lie, one
     after the other in one buffer: 44 bytes. Without overlap_comm a GPU's piece is the whole group, and a reduce-scatter
-    sums it; in any case half of what DeepSpeed's all-reduce sends.
+    sums it; in any case half of what DeepSpeed's all-reduce sends. With FlatAdamW the step is ours too, one pass over
+    the weights and no copies.
     """
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:
@@ -131,11 +137,34 @@ class FlatGradients(deepspeed.runtime.engine.DeepSpeedZeroOptimizer):
     def step(self, closure: None = None) -> None:
         """The optimiser's step. The sums are given back before the next step's activations need memory, but on a CPU,
         where the pages of new buffers cost as much as AdamW."""
-        super().step()
+        if isinstance(self.optimizer, FlatAdamW):
+            self._flat_step(self.optimizer)
+        else:
+            super().step()
         if not self._on_cpu:
             self._own.clear()
             for piece in self._pieces:
                 piece.sums = None
+
+    def _flat_step(self, optimizer: FlatAdamW) -> None:
+        """What DeepSpeed's step does, without its copies of the gradients and of the weights."""
+        norm = float(self.scaled_global_norm())
+        self.overflow = norm < 0
+        if self.overflow:
+            return
+        self._global_grad_norm = norm / self.loss_scale
+        clip = max(1.0, (self._global_grad_norm + 1e-6) / self.clip_grad) if self.clip_grad else 1.0
+        for group, own in self.averaged_gradients.items():
+            trained = self.parallel_partitioned_bit16_groups[group][self._rank]
+            gradient, scale = own.flat_partition, 1 / (clip * self.loss_scale)
+            optimizer.update(optimizer.param_groups[group], trained, gradient, scale)
+        all_gather_dp_groups(
+            self.bit16_groups_flat,
+            self.parallel_partitioned_bit16_groups,
+            self.real_dp_process_group,
+            self.nccl_start_alignment_factor,
+            self.allgather_bucket_size,
+        )
 
     def _add(self, parameter: nn.Parameter, gradient: Tensor | None) -> None:
         """Add a gradient to the sums of its pieces; the first of a step takes their place, None is zero."""
@@ -194,6 +223,8 @@ class FlatGradients(deepspeed.runtime.engine.DeepSpeedZeroOptimizer):
 
 
 def _square_of_norm(values: Tensor) -> Tensor:
+    if adamw.unfit(values) is None:
+        return adamw.sum_of_squares(values).float()
     whole = values.numel() // NORM_ELEMENTS * NORM_ELEMENTS
     rows = torch.linalg.vector_norm(values[:whole].view(-1, NORM_ELEMENTS), dim=1, dtype=torch.float32)
     return rows.square().sum() + torch.linalg.vector_norm(values[whole:], dtype=torch.float32).square()

@@ -84,7 +84,7 @@ def engine_of(cfg: Any, batch: int, compiled: bool = False) -> tuple[Any, Any]:
     engine = build_engine(
         model,
         parameter_groups(model, cfg.model.depths, weight_decay=0.05, layer_decay=None),
-        optimizer=optimizer("adamw", implementation="torch", **adamw),
+        optimizer=optimizer("adamw", implementation=cfg.optim.implementation, **adamw),
         precision=cfg.precision,
         ds_config=deepspeed_config(**arithmetic, precision=cfg.precision, gradient_clip=5.0, **cfg.parallel),
     )

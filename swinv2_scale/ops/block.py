@@ -130,9 +130,7 @@ def _takes_product(x: Tensor, *weights: Tensor) -> bool:
     one operator, where each thread has some hundred tokens."""
     kind, inputs = _products(x, *weights), x.shape[-1]
     tokens = x.numel() // inputs
-    if len(weights) > 1 and (
-        __import__("os").environ.get("NOCHAIN") or kind != "vectors" or tokens < 512 * torch.get_num_threads()
-    ):
+    if len(weights) > 1 and (kind != "vectors" or tokens < 512 * torch.get_num_threads()):
         return False
     for weight in weights:
         outputs = weight.numel() // inputs

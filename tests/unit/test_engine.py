@@ -17,6 +17,7 @@ from swinv2_scale import engine as engine_module
 from swinv2_scale.engine import Engine, build_engine, optimizer
 from swinv2_scale.mapped import MappedFile
 from swinv2_scale.models.initial import initial_values
+from swinv2_scale.ops import native
 from swinv2_scale.optim import Lamb, LossScale, parameter_groups
 from swinv2_scale.parallel import deepspeed_config
 
@@ -283,13 +284,37 @@ def test_nvidias_apex_is_known_by_what_it_has(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(ValueError, match="without its CUDA extensions"):
         engine(1, "fp32", implementation="apex")
     monkeypatch.setitem(sys.modules, "amp_C", SimpleNamespace())
-    nvidias, torchs = engine(1, "fp32", implementation="apex"), engine(1, "fp32")
+    nvidias, torchs = engine(1, "fp32", implementation="apex"), engine(1, "fp32", implementation="torch")
     assert nvidias.optimizer.endswith("FusedAdam") and torchs.optimizer == "torch.optim.adamw.AdamW, fused"
     assert_same_steps(nvidias, torchs)
     resumed = engine(1, "fp32", implementation="apex")
     states = dict(torchs.optimizer_state())
     resumed.load(dict(torchs.parameters()).__getitem__, states.__getitem__, step=torchs.updates)
     assert_same_steps(resumed, torchs)
+
+
+@pytest.mark.skipif("cpu" in native.missing, reason="no native kernels")
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_the_native_step_is_that_of_zero(precision: str, accumulation: int) -> None:
+    """The loss scale of fp16 and the clipping of gradients included; a run goes on with the other."""
+    natives = engine(1, precision, accumulation)
+    torchs = engine(1, precision, accumulation, implementation="torch")
+    assert natives.optimizer == "swinv2_scale.optim.FlatAdamW, fused" != torchs.optimizer
+    for step in range(2):
+        for built in (natives, torchs):
+            built.loss_scale.value = min(built.loss_scale.value, 256.0)  # or the steep loss is too much for fp16
+            assert built.step(batches(step, accumulation), lambda *given: 100 * loss(*given), 1e-3).applied
+        assert natives.gradient_norm() == pytest.approx(torchs.gradient_norm(), rel=1e-5)
+        assert natives.gradient_norm() > 1  # so that they are clipped
+        weights, states = dict(natives.parameters()), dict(natives.optimizer_state())
+        for name, value in torchs.parameters():
+            torch.testing.assert_close(weights[name], value, rtol=0, atol=2e-6)
+        for name, value in torchs.optimizer_state():
+            assert (states[name] - value).norm() <= 1e-5 * value.norm(), name
+        torchs.load(weights.__getitem__, states.__getitem__, step=natives.updates)
+        trained = dict(natives.model.named_parameters())
+        assert all(torch.equal(trained[name], value) for name, value in torchs.model.named_parameters())
 
 
 @pytest.mark.long  # compiles for one to two minutes
