@@ -12,191 +12,21 @@
 //     across      (D, word of tokens)         a, contracted over tokens; the same as transposed unless words are pairs
 //
 // A task is one head of a chunk of windows. It takes a few windows at a time, for each pair of a query tile and a key
-// tile, so that the tile's bias is laid out once for all of them. Logits are in units of log 2.
+// tile, so that the tile's bias is laid out once for all of them. Logits are in units of log 2. Where products are by
+// vectors, those of queries and keys, and of gradients and values, stay in registers until they are probabilities.
 
 #include "cosine_window_attention_cpu.h"
-#include "tiles.h"
-#include "vectors.h"
+#include "cosine_window_attention_products.h"
 
 namespace cosine_window_attention {
 namespace {
 
 using namespace vectors;
 
-// -- words ---------------------------------------------------------------------------------------------------------------
-
-template <class T, bool PAIR>
-struct Words {
-  static constexpr int SIZE = 1;
-  static INLINE Vec<T> multiply_add(Vec<T> a, Vec<T> b, Vec<T> c) { return a * b + c; }
-  // Consecutive elements of a row.
-  static INLINE void store_row(T* p, Vec<T> x) { store(p, x); }
-};
-#if defined(__AVX512BF16__)
-template <>
-struct Words<float, true> {
-  static constexpr int SIZE = 2;
-  static INLINE Vec<float> multiply_add(Vec<float> a, Vec<float> b, Vec<float> c) {
-    return (Vec<float>)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
-  }
-  static INLINE void store_row(float* p, Vec<float> x) {
-    _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh((__m512)x));
-  }
-  // Lane by lane, the word of two rows.
-  static INLINE Vec<float> join(Vec<float> low, Vec<float> high) {
-    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
-    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,  //
-                                           23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-    return (Vec<float>)_mm512_permutexvar_epi16(order, both);
-  }
-};
-#endif
-
-// -- matrix product --------------------------------------------------------------------------------------------------------
-
-#if defined(__AMX_BF16__)
-// Registers 0 to 3 hold c, 4 and 5 a, 6 and 7 b.
-template <int ROWS, int COLUMNS, bool ADD>
-INLINE void tile_block(const float* a, int64_t a_row, const float* b, int64_t b_row, int steps, float* c, int64_t c_row) {
-  const int64_t a_bytes = a_row * 4, b_bytes = b_row * 4, c_bytes = c_row * 4;
-  if (ADD) {
-    _tile_loadd(0, c, c_bytes);
-    if (COLUMNS > 1) _tile_loadd(1, c + 16, c_bytes);
-    if (ROWS > 1) _tile_loadd(2, c + 16 * c_row, c_bytes);
-    if (ROWS > 1 && COLUMNS > 1) _tile_loadd(3, c + 16 * c_row + 16, c_bytes);
-  } else {
-    _tile_zero(0);
-    if (COLUMNS > 1) _tile_zero(1);
-    if (ROWS > 1) _tile_zero(2);
-    if (ROWS > 1 && COLUMNS > 1) _tile_zero(3);
-  }
-  for (int k = 0; k < steps; k += 16) {
-    _tile_loadd(4, a + k, a_bytes);
-    _tile_loadd(6, b + k * b_row, b_bytes);
-    _tile_dpbf16ps(0, 4, 6);
-    if (COLUMNS > 1) {
-      _tile_loadd(7, b + k * b_row + 16, b_bytes);
-      _tile_dpbf16ps(1, 4, 7);
-    }
-    if (ROWS > 1) {
-      _tile_loadd(5, a + 16 * a_row + k, a_bytes);
-      _tile_dpbf16ps(2, 5, 6);
-      if (COLUMNS > 1) _tile_dpbf16ps(3, 5, 7);
-    }
-  }
-  _tile_stored(0, c, c_bytes);
-  if (COLUMNS > 1) _tile_stored(1, c + 16, c_bytes);
-  if (ROWS > 1) _tile_stored(2, c + 16 * c_row, c_bytes);
-  if (ROWS > 1 && COLUMNS > 1) _tile_stored(3, c + 16 * c_row + 16, c_bytes);
-}
-
-// All dimensions are completed to 16: what is too much is read and written, but has no effect on the rest.
-template <bool ADD>
-void tile_product(int rows, int columns, const float* a, int64_t a_row, const float* b, int64_t b_row, int steps, float* c,
-                  int64_t c_row) {
-  for (int j = 0; j < columns; j += 32)
-    for (int i = 0; i < rows; i += 32) {
-      const float *left = a + i * a_row, *right = b + j;
-      float* to = c + i * c_row + j;
-      const bool wide = columns - j > 16;
-      if (rows - i > 16) {
-        if (wide) tile_block<2, 2, ADD>(left, a_row, right, b_row, steps, to, c_row);
-        else tile_block<2, 1, ADD>(left, a_row, right, b_row, steps, to, c_row);
-      } else {
-        if (wide) tile_block<1, 2, ADD>(left, a_row, right, b_row, steps, to, c_row);
-        else tile_block<1, 1, ADD>(left, a_row, right, b_row, steps, to, c_row);
-      }
-    }
-}
-#endif
-
-// c (ROWS, COLUMNS vectors) = [c +] a · b, in registers.
-template <class T, bool PAIR, int ROWS, int COLUMNS, bool ADD>
-__attribute__((noinline)) void block(const T* a, int64_t a_row, const T* b, int64_t b_row, int steps, T* c, int64_t c_row) {
-  Vec<T> total[ROWS][COLUMNS] = {};
-  for (int k = 0; k < steps; ++k, b += b_row) {
-    Vec<T> right[COLUMNS];
-#pragma GCC unroll 4
-    for (int j = 0; j < COLUMNS; ++j) right[j] = load(b + j * LANES<T>);
-#pragma GCC unroll 16
-    for (int r = 0; r < ROWS; ++r) {
-      const Vec<T> left = splat(a[r * a_row + k]);
-#pragma GCC unroll 4
-      for (int j = 0; j < COLUMNS; ++j) total[r][j] = Words<T, PAIR>::multiply_add(left, right[j], total[r][j]);
-    }
-  }
-#pragma GCC unroll 16
-  for (int r = 0; r < ROWS; ++r)
-#pragma GCC unroll 4
-    for (int j = 0; j < COLUMNS; ++j) {
-      T* to = c + r * c_row + j * LANES<T>;
-      store(to, ADD ? load(to) + total[r][j] : total[r][j]);
-    }
-}
-
-template <class T, bool PAIR, int ROWS, int COLUMNS, bool ADD>
-INLINE void block_rows(int rows, const T* a, int64_t a_row, const T* b, int64_t b_row, int steps, T* c, int64_t c_row) {
-  for (; rows >= ROWS; rows -= ROWS, a += ROWS * a_row, c += ROWS * c_row)
-    block<T, PAIR, ROWS, COLUMNS, ADD>(a, a_row, b, b_row, steps, c, c_row);
-  if constexpr (ROWS > 1) {
-    constexpr int fewer = ROWS > 8 ? 8 : ROWS > 4 ? 4 : ROWS / 2;
-    if (rows) block_rows<T, PAIR, fewer, COLUMNS, ADD>(rows, a, a_row, b, b_row, steps, c, c_row);
-  }
-}
-
-// c (rows, columns) = [c +] a · b; columns are a multiple of the vector.
-template <bool PAIR, bool ADD, class T>
-void product(int rows, int columns, const T* a, int64_t a_row, const T* b, int64_t b_row, int steps, T* c, int64_t c_row) {
-  constexpr int lanes = LANES<T>;
-  constexpr bool many = REGISTERS == 32;
-#if defined(__AMX_BF16__)
-  if constexpr (PAIR) return tile_product<ADD>(rows, columns, a, a_row, b, b_row, steps, c, c_row);
-#endif
-  int j = 0;
-  if constexpr (many)
-    for (; j + 4 * lanes <= columns; j += 4 * lanes)
-      block_rows<T, PAIR, 6, 4, ADD>(rows, a, a_row, b + j, b_row, steps, c + j, c_row);
-  for (; j + 2 * lanes <= columns; j += 2 * lanes)
-    block_rows<T, PAIR, many ? 12 : 6, 2, ADD>(rows, a, a_row, b + j, b_row, steps, c + j, c_row);
-  for (; j < columns; j += lanes)
-    block_rows<T, PAIR, many ? 12 : 8, 1, ADD>(rows, a, a_row, b + j, b_row, steps, c + j, c_row);
-}
-
-// (LANES, LANES) words: log2 steps, each exchanging halves of blocks.
-template <class T, int STEP = LANES<T> / 2>
-INLINE void transpose_square(Vec<T>* x) {
-  Bits<T> low, high;
-  for (int i = 0; i < LANES<T>; ++i) {
-    low[i] = i & STEP ? i - STEP + LANES<T> : i;
-    high[i] = i & STEP ? i + LANES<T> : i + STEP;
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < LANES<T>; ++i)
-    if (!(i & STEP)) {
-      const Vec<T> a = x[i], b = x[i + STEP];
-      x[i] = __builtin_shuffle(a, b, low);
-      x[i + STEP] = __builtin_shuffle(a, b, high);
-    }
-  if constexpr (STEP > 1) transpose_square<T, STEP / 2>(x);
-}
-// to (columns, rows) from (rows, columns); both are multiples of the vector.
-template <class T>
-void transpose(int rows, int columns, const T* from, T* to) {
-  constexpr int lanes = LANES<T>;
-  for (int r = 0; r < rows; r += lanes)
-    for (int c = 0; c < columns; c += lanes) {
-      Vec<T> x[lanes];
-#pragma GCC unroll 16
-      for (int i = 0; i < lanes; ++i) x[i] = load(from + (r + i) * int64_t(columns) + c);
-      transpose_square<T>(x);
-#pragma GCC unroll 16
-      for (int i = 0; i < lanes; ++i) store(to + (c + i) * int64_t(rows) + r, x[i]);
-    }
-}
-
 // -- one task --------------------------------------------------------------------------------------------------------------
 
-constexpr int QUERY_TILE = 64, KEY_TILE = 128;      // tokens; the query tile is even, the key tile a multiple of all vectors
+constexpr int QUERY_TILE = 64;                      // tokens, at most
+constexpr int STRIP = 4, TWO = 2;                   // queries whose products stay in registers, forward and backward
 constexpr int GROUP = 16, GROUP_BYTES = 512 << 10;  // windows that share a tile's bias, as many as stay in the cache
 
 struct Run {  // keys of a tile that lie in one row of the window: their biases are contiguous
@@ -207,12 +37,14 @@ template <class Element, class T, bool PAIR>
 struct Task {
   using W = Words<T, PAIR>;
   static constexpr int LANE = LANES<T>;
-  static constexpr int WORD_TILE = KEY_TILE / W::SIZE;  // words of keys in a row of `left`
 #if defined(__AMX_BF16__)
-  static constexpr int GRAIN = PAIR ? 32 : LANE;  // of tokens in products
+  static constexpr bool TILES = PAIR;
 #else
-  static constexpr int GRAIN = LANE;
+  static constexpr bool TILES = false;
 #endif
+  static constexpr int GRAIN = TILES ? 32 : LANE;       // of tokens in products
+  static constexpr int KEY_TILE = TILES ? 128 : 144;    // tokens, a multiple of GRAIN
+  static constexpr int WORD_TILE = KEY_TILE / W::SIZE;  // words of keys in a row of `left`
 
   struct Window {  // one head of one window
     T *q_rows, *q_columns, *q_across, *k_rows, *k_columns, *k_transposed, *v_columns, *v_transposed;
@@ -267,7 +99,7 @@ struct Task {
   Task(const Call& call, bool backward, void* scratch)
       : call(call), p(call.problem), backward(backward), tokens(p.tokens()), padded(up_to(tokens, GRAIN)),
         token_words(up_to(padded / W::SIZE, LANE)), width(up_to(p.width, LANE)), words(up_to(p.width / W::SIZE, LANE)),
-        query_tile(least(padded, QUERY_TILE)),
+        query_tile(TILES ? least(padded, QUERY_TILE) : up_to(over(padded, over(padded, QUERY_TILE)), LANE)),
         key_tile(least(padded, KEY_TILE)), group(pick_group()), next(static_cast<char*>(scratch)) {
     const int64_t tile = int64_t(query_tile) * KEY_TILE, rows = padded, columns = int64_t(token_words) * width;
     table = take<T>(p.offsets() + 2 * LANE);
@@ -501,17 +333,51 @@ struct Task {
     }
   }
 
-  // -- forward --
+  // -- products and logits in registers --
+
+  // work(first key, Count) over the vectors of `keys` keys, three or two at a time, one if there is no more.
+  template <int N>
+  struct Count {
+    static constexpr int value = N;
+  };
+  static INLINE void over_vectors(int keys, auto work) {
+    int vectors = keys / LANE, key = 0;
+    for (; vectors > 4 || vectors == 3; vectors -= 3, key += 3 * LANE) work(key, Count<3>());
+    for (; vectors > 1; vectors -= 2, key += 2 * LANE) work(key, Count<2>());
+    if (vectors) work(key, Count<1>());
+  }
+
+  // x = rows of queries (or gradients) times neighbouring keys (or values), which are transposed.
+  template <int ROWS, int VECTORS>
+  INLINE void multiply(const T* const (&rows)[ROWS], const T* transposed, Vec<T> (&x)[ROWS][VECTORS]) const {
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 3
+      for (int j = 0; j < VECTORS; ++j) x[r][j] = Vec<T>{};
+    for (int word = 0; word < p.width / W::SIZE; ++word, transposed += padded) {
+      Vec<T> right[VECTORS];
+#pragma GCC unroll 3
+      for (int j = 0; j < VECTORS; ++j) right[j] = load(transposed + j * LANE);
+#pragma GCC unroll 4
+      for (int r = 0; r < ROWS; ++r) {
+        const Vec<T> left = splat(rows[r][word]);
+#pragma GCC unroll 3
+        for (int j = 0; j < VECTORS; ++j) x[r][j] = W::multiply_add(left, right[j], x[r][j]);
+      }
+    }
+  }
 
   template <bool MASKED>
-  INLINE Vec<T> logit(const Window& w, const T* product, const T* bias_row, int key, int k, T factor, T region) const {
-    Vec<T> x = load(product + k) * factor + load(bias_row + k);
+  INLINE Vec<T> logit(const Window& w, Vec<T> product, const T* bias_row, int key, int k, T factor, T region) const {
+    Vec<T> x = product * factor + load(bias_row + k);
     if (MASKED) {
       const T penalty = T(p.mask_value) * T(LOG2_E);
       x += load(w.hidden + key + k) + (load(w.region + key + k) != region ? splat(penalty) : Vec<T>{});
     }
     return x;
   }
+
+  // -- forward --
 
   // Online softmax, where logits are not bounded: the largest logit of each row so far is its origin.
   template <bool MASKED>
@@ -521,7 +387,8 @@ struct Task {
       const T region = MASKED ? w.region[query + q] : T(0);
       Vec<T> tops = splat(T(-INF));
       for (int k = 0; k < keys; k += LANE) {
-        const Vec<T> x = logit<MASKED>(w, logits + int64_t(q) * KEY_TILE, bias + int64_t(q) * KEY_TILE, key, k, factor, region);
+        const int64_t row = int64_t(q) * KEY_TILE;
+        const Vec<T> x = logit<MASKED>(w, load(logits + row + k), bias + row, key, k, factor, region);
         tops = x > tops ? x : tops;
       }
       const T before = w.origin[q], top = largest<T>(tops);
@@ -534,25 +401,45 @@ struct Task {
     }
   }
 
-  // Probabilities of a tile, up to the factor that a row's sum and origin keep, as words of keys in `left`.
+  // Probabilities of a tile, up to the factor that a row's sum and origin keep, as words of keys in `left`. Products are
+  // in `logits`, or made here.
   template <bool MASKED, bool BOUNDED>
   void softmax(const Window& w, int query, int key, int rows, int keys) {
+    constexpr bool STORED = TILES || !BOUNDED;
     if (!BOUNDED) raise_origins<MASKED>(w, query, key, rows, keys);
     const T factor = scale * T(LOG2_E);
-    for (int q = 0; q < rows; ++q) {
-      if (key == 0) ask_ahead(w, query + q);
-      const T *row = logits + int64_t(q) * KEY_TILE, *bias_row = bias + int64_t(q) * KEY_TILE;
-      const T region = MASKED ? w.region[query + q] : T(0);
-      T* to = left + int64_t(q) * WORD_TILE;
-      Vec<T> total = key == 0 ? Vec<T>{} : load(w.total + q * LANE);
-      for (int k = 0; k < keys; k += LANE) {
-        Vec<T> x = logit<MASKED>(w, row, bias_row, key, k, factor, region);
-        if (!BOUNDED) x -= w.origin[q];
-        x = exp2(x);
-        total += x;
-        W::store_row(to + k / W::SIZE, x);
+    for (int first = 0; first < rows; first += STRIP) {
+      const int count = least(STRIP, rows - first);
+      Vec<T> totals[STRIP];
+      const T* q_rows[STRIP];  // the last again for those that do not exist
+      for (int i = 0; i < STRIP; ++i) {
+        const int q = first + least(i, count - 1);
+        if (key == 0 && i < count) ask_ahead(w, query + q);
+        totals[i] = key == 0 ? Vec<T>{} : load(w.total + q * LANE);
+        q_rows[i] = w.q_rows + int64_t(query + q) * words;
       }
-      store(w.total + q * LANE, total);
+      over_vectors(keys, [&](int k, auto vectors) __attribute__((always_inline)) {
+        constexpr int VECTORS = decltype(vectors)::value;
+        Vec<T> products[STRIP][VECTORS];
+        if constexpr (!STORED) multiply(q_rows, w.k_transposed + key + k, products);
+#pragma GCC unroll 4
+        for (int i = 0; i < STRIP; ++i) {
+          if (i >= count) break;
+          const int64_t q = first + i, row = q * KEY_TILE;
+          const T region = MASKED ? w.region[query + q] : T(0);
+#pragma GCC unroll 3
+          for (int j = 0; j < VECTORS; ++j) {
+            const int at = k + j * LANE;
+            const Vec<T> product = STORED ? load(logits + row + at) : products[i][j];
+            Vec<T> x = logit<MASKED>(w, product, bias + row, key, at, factor, region);
+            if (!BOUNDED) x -= w.origin[q];
+            x = exp2(x);
+            totals[i] += x;
+            W::store_row(left + q * WORD_TILE + at / W::SIZE, x);
+          }
+        }
+      });
+      for (int i = 0; i < count; ++i) store(w.total + (first + i) * LANE, totals[i]);
     }
   }
 
@@ -575,8 +462,9 @@ struct Task {
         enter_tile(query, key, rows, keys);
         for (int i = 0; i < count; ++i) {
           Window& w = windows[i];
-          product<PAIR, false>(rows, keys, w.q_rows + int64_t(query) * words, words, w.k_transposed + key, padded,
-                               p.width / W::SIZE, logits, KEY_TILE);
+          if (TILES || !bounded)
+            product<PAIR, false>(rows, keys, w.q_rows + int64_t(query) * words, words, w.k_transposed + key, padded,
+                                 p.width / W::SIZE, logits, KEY_TILE);
           if (bounded && w.masked) softmax<true, true>(w, query, key, rows, keys);
           else if (bounded) softmax<false, true>(w, query, key, rows, keys);
           else if (w.masked) softmax<true, false>(w, query, key, rows, keys);
@@ -592,40 +480,57 @@ struct Task {
 
   // -- backward --
 
-  // From products q·k in `logits` and grad_out·v in `grads`: probabilities and gradients of logits, as words of keys
-  // (`left`, gradients only) and of queries.
+  // Probabilities and gradients of logits of a tile, as words of keys (`left`, gradients only) and of queries. Products
+  // q·k and grad_out·v are in `logits` and `grads`, or made here.
   template <bool MASKED>
   void softmax_backward(const Window& w, int query, int key, int rows, int keys) {
     const T factor = scale * T(LOG2_E);
-    for (int q = 0; q < rows; q += W::SIZE) {
-      Vec<T> moments[W::SIZE] = {}, grad_sums[W::SIZE] = {}, means[W::SIZE] = {};
-      for (int k = 0; k < keys; k += LANE) {
-        Vec<T> probability[W::SIZE] = {}, grad[W::SIZE] = {};
-        for (int i = 0; i < W::SIZE; ++i) {
-          if (q + i >= rows) continue;
-          if (key == 0 && k == 0) ask_ahead(w, query + q + i);
-          const int64_t row = int64_t(q + i) * KEY_TILE;
-          const T region = MASKED ? w.region[query + q + i] : T(0);
-          const Vec<T> cosine = load(logits + row + k);
-          const Vec<T> x = logit<MASKED>(w, logits + row, bias + row, key, k, factor, region);
-          probability[i] = exp2(x - w.lse[query + q + i]);
-          grad[i] = probability[i] * (load(grads + row + k) - w.delta[query + q + i]);
-          moments[i] += grad[i] * cosine;
-          means[i] += probability[i] * cosine;
-          grad_sums[i] += grad[i];
-          store(bias_grad + row + k, load(bias_grad + row + k) + grad[i]);
-          W::store_row(left + int64_t(q + i) * (WORD_TILE) + k / W::SIZE, grad[i]);
-        }
-        if constexpr (PAIR) {
-          store(pairs + int64_t(q / 2) * KEY_TILE + k, W::join(probability[0], probability[1]));
-          store(grad_pairs + int64_t(q / 2) * KEY_TILE + k, W::join(grad[0], grad[1]));
-        } else {
-          store(pairs + int64_t(q) * KEY_TILE + k, probability[0]);
-        }
+    for (int first = 0; first < rows; first += TWO) {
+      const int count = least(TWO, rows - first);
+      Vec<T> moments[TWO] = {}, grad_sums[TWO] = {}, means[TWO] = {};
+      const T *q_rows[TWO], *g_rows[TWO];  // the last again for one that does not exist
+      for (int i = 0; i < TWO; ++i) {
+        const int q = query + first + least(i, count - 1);
+        if (key == 0 && i < count) ask_ahead(w, q);
+        q_rows[i] = w.q_rows + int64_t(q) * words, g_rows[i] = w.g_rows + int64_t(q) * words;
       }
-      for (int i = 0; i < W::SIZE && q + i < rows; ++i) {
-        w.mean[query + q + i] += sum<T>(means[i]);
-        w.grad_sum[query + q + i] += sum<T>(grad_sums[i]);
+      over_vectors(keys, [&](int k, auto vectors) __attribute__((always_inline)) {
+        constexpr int VECTORS = decltype(vectors)::value;
+        Vec<T> cosines[TWO][VECTORS], slopes[TWO][VECTORS];
+        if constexpr (!TILES) {
+          multiply(q_rows, w.k_transposed + key + k, cosines);
+          multiply(g_rows, w.v_transposed + key + k, slopes);
+        }
+#pragma GCC unroll 3
+        for (int j = 0; j < VECTORS; ++j) {
+          const int at = k + j * LANE;
+          Vec<T> probability[TWO] = {}, grad[TWO] = {};
+#pragma GCC unroll 2
+          for (int i = 0; i < TWO; ++i) {
+            if (i >= count) break;
+            const int q = query + first + i;
+            const int64_t row = int64_t(first + i) * KEY_TILE;
+            const Vec<T> cosine = TILES ? load(logits + row + at) : cosines[i][j];
+            const Vec<T> slope = TILES ? load(grads + row + at) : slopes[i][j];
+            const Vec<T> x = logit<MASKED>(w, cosine, bias + row, key, at, factor, MASKED ? w.region[q] : T(0));
+            probability[i] = exp2(x - w.lse[q]);
+            grad[i] = probability[i] * (slope - w.delta[q]);
+            moments[i] += grad[i] * cosine;
+            means[i] += probability[i] * cosine;
+            grad_sums[i] += grad[i];
+            store(bias_grad + row + at, load(bias_grad + row + at) + grad[i]);
+            W::store_row(left + int64_t(first + i) * WORD_TILE + at / W::SIZE, grad[i]);
+            if (!PAIR) store(pairs + row + at, probability[i]);
+          }
+          if constexpr (PAIR) {
+            store(pairs + int64_t(first / 2) * KEY_TILE + at, W::join(probability[0], probability[1]));
+            store(grad_pairs + int64_t(first / 2) * KEY_TILE + at, W::join(grad[0], grad[1]));
+          }
+        }
+      });
+      for (int i = 0; i < count; ++i) {
+        w.mean[query + first + i] += sum<T>(means[i]);
+        w.grad_sum[query + first + i] += sum<T>(grad_sums[i]);
         scale_grad += sum<T>(moments[i]);
       }
     }
@@ -675,10 +580,12 @@ struct Task {
         enter_tile(query, key, rows, keys);
         for (int i = 0; i < count; ++i) {
           Window& w = windows[i];
-          product<PAIR, false>(rows, keys, w.q_rows + row, words, w.k_transposed + key, padded, p.width / W::SIZE, logits,
-                               KEY_TILE);
-          product<PAIR, false>(rows, keys, w.g_rows + row, words, w.v_transposed + key, padded, p.width / W::SIZE, grads,
-                               KEY_TILE);
+          if (TILES) {
+            product<PAIR, false>(rows, keys, w.q_rows + row, words, w.k_transposed + key, padded, p.width / W::SIZE, logits,
+                                 KEY_TILE);
+            product<PAIR, false>(rows, keys, w.g_rows + row, words, w.v_transposed + key, padded, p.width / W::SIZE, grads,
+                                 KEY_TILE);
+          }
           if (w.masked) softmax_backward<true>(w, query, key, rows, keys);
           else softmax_backward<false>(w, query, key, rows, keys);
           product<PAIR, true>(width, keys, w.g_across + word, token_words, pairs, KEY_TILE, steps, w.grad_v + key, padded);

@@ -314,7 +314,9 @@ void gradient_task(const Gradient& call, int64_t number) {
         of_right.ask(last ? next : tokens, done + ROWS, rows);
         of_left.ask(next, panel * rows + done + ROWS, panels * rows);
         const Word* here = room->left + done / ROWS * (ROWS * words + GAP);
-        multiply<Element>([&](int i, int word) { return here[word * ROWS + i]; }, room->right, words, into(square, call.continues || token > begin));
+        for (int i = 0; i < ROWS * COLUMNS; i += LINE) _mm_prefetch(square + i, _MM_HINT_T0);  // to be added to
+        const auto word_at = [&](int i, int word) { return here[word * ROWS + i]; };
+        multiply<Element>(word_at, room->right, words, into(square, call.continues || token > begin));
       }
     }
   }

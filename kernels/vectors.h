@@ -73,7 +73,7 @@ INLINE To bit_cast(From x) {
 }
 template <class T>
 INLINE Vec<T> splat(T x) {
-  return Vec<T>{} + x;
+  return x - Vec<T>{};  // of which nothing is left but the copies; 0 + x would be added, for -0
 }
 template <class T>
 INLINE Vec<T> load(const T* p) {
