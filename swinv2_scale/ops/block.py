@@ -14,6 +14,7 @@ which tests and the self-check compare the rest with.
 Channels are the last dimension of every map.
 """
 
+import os
 from typing import Any
 
 import torch
@@ -121,7 +122,7 @@ def _products(*maps: Tensor) -> str:
     for map in maps:
         if map.device.type != "cpu" or map.dtype != maps[0].dtype or map.shape[-1] % 32 or not map.is_contiguous():
             return "none"
-    return "none" if "cpu" in native.missing else torch.ops.swinv2_scale.products(maps[0].dtype)
+    return "none" if "cpu" in native.missing else native.products(maps[0].dtype, os.environ.get(native.FORCE))
 
 
 def _takes_product(x: Tensor, *weights: Tensor) -> bool:

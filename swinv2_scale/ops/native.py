@@ -115,6 +115,12 @@ def instruction_sets() -> list[str]:
     raise AssertionError("the kernel took an instruction set that does not exist")
 
 
+@functools.cache
+def products(dtype: torch.dtype, forced: str | None) -> str:
+    """How the CPU's kernels multiply maps of a type: "tiles" (AMX), "vectors" or "none". forced: the value of FORCE."""
+    return torch.ops.swinv2_scale.products(dtype)
+
+
 def cosine_window_attention(
     qkv: Tensor, logit_scale: Tensor, bias_table: Tensor, window: Sequence[int], shift: Sequence[int], mask_value: float
 ) -> Tensor:
