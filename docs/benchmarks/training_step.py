@@ -242,15 +242,6 @@ def memory(pid: int, name: str) -> int:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(name)), 0)
 
 
-def stop_above(process: subprocess.Popen[str], limit: float) -> None:
-    """Kill the process when it passes `limit` GiB; before the machine itself runs out."""
-    with suppress(FileNotFoundError):  # it has ended
-        while process.poll() is None:
-            if memory(process.pid, "VmRSS") > limit * 2**30:
-                process.kill()
-            time.sleep(POLL)
-
-
 class Program:
     """A process that takes a step when it is told to: `results` are seconds and GiB; `ended` says why no more come."""
 
@@ -260,12 +251,21 @@ class Program:
         environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "DS_ACCELERATOR": "cpu"}
         self.errors = Path(f"/tmp/{os.getpid()}_{time.monotonic_ns()}")
         self.name, self.results, self.ended = name, [], ""
-        self.limit = arguments.limit
+        self.limit, self.stopped = arguments.limit, False
         with self.errors.open("w") as errors:
             self.process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
             )
-        threading.Thread(target=stop_above, args=(self.process, arguments.limit), daemon=True).start()
+        threading.Thread(target=self._stop_above_limit, daemon=True).start()
+
+    def _stop_above_limit(self) -> None:
+        """Kill the process when it passes the limit; before the machine itself runs out."""
+        with suppress(FileNotFoundError):  # it has ended
+            while self.process.poll() is None:
+                if memory(self.process.pid, "VmRSS") > self.limit * 2**30:
+                    self.stopped = True
+                    self.process.kill()
+                time.sleep(POLL)
 
     def step(self) -> None:
         if self.ended:
@@ -282,7 +282,8 @@ class Program:
         if answer:
             self.results.append((float(answer[0]), float(answer[1])))
         elif self.process.wait() == -9:
-            self.ended = f"more than {self.limit:g} GiB: stopped"
+            system = "killed by the system: memory does not hold all programs, use --alone"
+            self.ended = f"more than {self.limit:g} GiB: stopped" if self.stopped else system
         else:
             self.ended = (self.errors.read_text().strip().splitlines() or ["ended"])[-1][:100]
 
