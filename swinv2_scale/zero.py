@@ -223,7 +223,7 @@ class FlatGradients(deepspeed.runtime.engine.DeepSpeedZeroOptimizer):
 
 
 def _square_of_norm(values: Tensor) -> Tensor:
-    if adamw.unfit(values) is None:
+    if adamw.takes(values):
         return adamw.sum_of_squares(values).float()
     whole = values.numel() // NORM_ELEMENTS * NORM_ELEMENTS
     rows = torch.linalg.vector_norm(values[:whole].view(-1, NORM_ELEMENTS), dim=1, dtype=torch.float32)

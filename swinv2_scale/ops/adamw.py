@@ -9,13 +9,9 @@ from torch import Tensor
 from swinv2_scale.ops import native
 
 
-def unfit(trained: Tensor) -> str | None:
-    """Why weights that train like `trained` have no native step, or None if they have."""
-    if trained.device.type != "cpu":
-        return f"the weights lie on {trained.device.type}"
-    if trained.dtype not in native.TYPES:
-        return f"the weights are {trained.dtype}"
-    return native.missing.get("cpu")
+def takes(gradient: Tensor) -> bool:
+    """Whether a flat gradient has a native norm here, and its weights a native step."""
+    return gradient.device.type == "cpu" and gradient.dtype in native.TYPES and "cpu" not in native.missing
 
 
 def step(

@@ -1,5 +1,5 @@
-"""The native parts of a block, and its native products where there are some (ops/block.py), against PyTorch's functions
-in float64; the budget is selfcheck.py's."""
+"""The native parts of a block, its native products where there are some (ops/block.py), and on the CPU AdamW's step,
+against PyTorch's functions in float64; the budget is selfcheck.py's."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from swinv2_scale.ops import block, native
+from swinv2_scale.ops import adamw, block, native
 from swinv2_scale.ops.selfcheck import FLOOR, GRADIENTS, REPEATED, VALUES, Check
 
 TENSORS = (  # what `native_parts` returns
@@ -25,6 +25,7 @@ TENSORS = (  # what `native_parts` returns
     "sum",
 )
 PRODUCTS = ("product", "gradient of its map", "gradient of its weight", "gradient of its bias")
+STEP = ("AdamW's weights", "AdamW's trained weights", "squares of a gradient")
 LAYER = (300, 544, 1088)  # tokens, inputs and outputs: squares, panels and blocks that are not full
 REMEDY = f"the environment variable {native.FORCE}={native.OFF} trains without any native code"
 Parts = Callable[..., list[Tensor]]
@@ -113,11 +114,34 @@ def compare_products(dtype: torch.dtype) -> list[Check]:
     return _compare(f"{tokens} x {inputs} to {outputs}", PRODUCTS, tensors, native_products, plain_products)
 
 
+def native_step(weights: Tensor, mean: Tensor, square: Tensor, gradient: Tensor) -> list[Tensor]:
+    """What AdamW's third step makes of flat weights."""
+    weights, trained = weights.clone(), torch.empty_like(gradient)
+    rates = {"scale": 0.5, "lr": 0.01, "eps": 1e-8, "weight_decay": 0.05, "steps": 3.0}
+    adamw.step(weights, mean.clone(), square.clone(), trained, gradient, betas=(0.9, 0.999), **rates)
+    return [weights, trained, adamw.sum_of_squares(gradient)]
+
+
+def plain_step(weights: Tensor, mean: Tensor, square: Tensor, gradient: Tensor) -> list[Tensor]:
+    """The same by PyTorch's functions."""
+    halved = gradient.to(weights.dtype) / 2
+    mean, square = mean.lerp(halved, 0.1), 0.999 * square + 0.001 * halved.square()
+    step = mean / (1 - 0.9**3) / ((square / (1 - 0.999**3)).sqrt() + 1e-8)
+    weights = weights * (1 - 0.01 * 0.05) - 0.01 * step
+    return [weights, weights.to(gradient.dtype), (2 * halved).square().sum()]
+
+
+def compare_step(dtype: torch.dtype) -> list[Check]:
+    """A check for each of STEP, and for a second run; of weights that train in a type, on the CPU."""
+    weights, mean, square, gradient = torch.randn(4, 1001, generator=torch.Generator().manual_seed(0))
+    return _compare("1001 weights", STEP, [weights, mean, square.abs(), gradient.to(dtype)], native_step, plain_step)
+
+
 def _compare(case: str, names: Sequence[str], tensors: list[Tensor | None], parts: Parts, plain: Parts) -> list[Check]:
     ours, usual, again = parts(*tensors), plain(*tensors), parts(*tensors)
     exact = plain(*(None if tensor is None else tensor.double() for tensor in tensors))
-    assert tensors[0] is not None
-    dtype, checks = str(tensors[0].dtype).removeprefix("torch."), []
+    assert tensors[-1] is not None
+    dtype, checks = str(tensors[-1].dtype).removeprefix("torch."), []
     for tensor, found, other, true in zip(names, ours, usual, exact, strict=True):
         factor = GRADIENTS if "gradient" in tensor else VALUES
         budget = factor * _rms(other.double() - true) + FLOOR * (_rms(true) + 1)
@@ -134,6 +158,7 @@ def checks(device: torch.device, only: torch.dtype | None = None) -> list[Check]
     ]
     if device.type == "cpu":
         parts += [("products", PRODUCTS[0], dtype, partial(compare_products, dtype)) for dtype in types]
+        parts += [("a step", STEP[0], dtype, partial(compare_step, dtype)) for dtype in types]
     found: list[Check] = []
     for case, tensor, dtype, run in parts:
         try:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from swinv2_scale.ops import adamw, native
+from swinv2_scale.ops import adamw, native, selfcheck_block
 
 pytestmark = pytest.mark.skipif("cpu" in native.missing, reason="no native kernels: " + native.missing.get("cpu", ""))
 SIZES = (1, 15, 16, 17, 33, 70_001)  # parts of a vector, and more than one part of a sum
@@ -80,3 +80,21 @@ def test_tensors_that_do_not_fit_are_told() -> None:
     ):
         with pytest.raises(RuntimeError, match=message):
             adamw.step(**good | {name: wrong}, scale=1.0, steps=1, **SETTINGS)
+
+
+@pytest.mark.usefixtures("instruction_set")
+@pytest.mark.parametrize("kind", native.TYPES)
+@pytest.mark.parametrize("wrong", range(3), ids=lambda number: selfcheck_block.STEP[number])
+def test_the_self_check_sees_what_is_wrong(wrong: int, kind: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that is 1 % too long; 1 % too much of the weights that train, and of the sum."""
+    assert all(check.passed for check in selfcheck_block.compare_step(kind))
+    right = selfcheck_block.native_step
+
+    def step(weights: Tensor, *others: Tensor) -> list[Tensor]:
+        found = right(weights, *others)
+        found[wrong] = found[wrong] + (0.01 * (found[0] - weights) if wrong == 0 else 0.01 * found[wrong])
+        return found
+
+    monkeypatch.setattr(selfcheck_block, "native_step", step)
+    failed = [check.tensor for check in selfcheck_block.compare_step(kind) if not check.passed]
+    assert failed == [selfcheck_block.STEP[wrong]]
