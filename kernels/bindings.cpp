@@ -22,11 +22,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 const InstructionSet& instruction_set() {
-#if defined(__x86_64__)
-  static const InstructionSet* const sets[] = {&portable, &avx2, &avx512, &avx512_bf16, &amx_bf16};
-#else
-  static const InstructionSet* const sets[] = {&portable};
-#endif
+  static const InstructionSet* const sets[] = EVERY_INSTRUCTION_SET;
   return *sets[instruction_sets::chosen()];
 }
 

@@ -20,11 +20,7 @@ constexpr int64_t GRAIN = 1 << 14;  // elements
 constexpr int64_t PART = 1 << 16;   // elements of a partial sum of squares, which are added in their order
 
 Kernel kernel(ScalarType gradient, ScalarType trained) {
-#if defined(__x86_64__)
-  static const InstructionSet* const sets[] = {&portable, &avx2, &avx512, &avx512_bf16, &amx_bf16};
-#else
-  static const InstructionSet* const sets[] = {&portable};
-#endif
+  static const InstructionSet* const sets[] = EVERY_INSTRUCTION_SET;
   const InstructionSet& set = *sets[instruction_sets::chosen()];
   const bool wide = gradient == ScalarType::Float;
   STD_TORCH_CHECK(wide || gradient == trained, "a gradient must be float32 or of the type that weights train in");

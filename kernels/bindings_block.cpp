@@ -21,11 +21,7 @@ struct Cpu {
   static int64_t map_chunks(int64_t rows, int) { return norm_chunks(rows); }
 
   static const Kernel& kernel_for(const Tensor& map) {
-#if defined(__x86_64__)
-    static const InstructionSet* const sets[] = {&portable, &avx2, &avx512, &avx512_bf16, &amx_bf16};
-#else
-    static const InstructionSet* const sets[] = {&portable};
-#endif
+    static const InstructionSet* const sets[] = EVERY_INSTRUCTION_SET;
     const InstructionSet& set = *sets[instruction_sets::chosen()];
     switch (map.scalar_type()) {
       case ScalarType::Float: return set.float32;

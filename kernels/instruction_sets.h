@@ -11,6 +11,13 @@
 #include <cstring>
 #include <string>
 
+// What a namespace has for each of NAMES.
+#if defined(__x86_64__)
+#define EVERY_INSTRUCTION_SET {&portable, &avx2, &avx512, &avx512_bf16, &amx_bf16}
+#else
+#define EVERY_INSTRUCTION_SET {&portable}
+#endif
+
 namespace instruction_sets {
 
 inline constexpr const char* NAMES[] = {"portable", "avx2", "avx512", "avx512_bf16", "amx_bf16"};
