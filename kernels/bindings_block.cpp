@@ -33,7 +33,10 @@ struct Cpu {
   }
 
   static void over_rows(const auto& call, auto work) {
-    torch::stable::parallel_for(0, call.rows, 1 + (1 << 15) / call.channels,
+    over_rows(call, call.rows, work);
+  }
+  static void over_rows(const auto& call, int64_t rows, auto work) {
+    torch::stable::parallel_for(0, rows, 1 + (1 << 15) / call.channels,
                                 [&](int64_t first, int64_t last) { work(call, first, last); });
   }
   static void over_chunks(const auto& call, auto work, const Tensor& partials, Tensor& total) {
@@ -43,7 +46,7 @@ struct Cpu {
     partials::sum(partials, total, call.chunks);
   }
 
-  static void norm_forward(const Tensor& y, const NormCall& call) { over_rows(call, kernel_for(y).norm_forward); }
+  static void norm_forward(const Tensor& y, const NormCall& call) { over_rows(call, call.all_rows, kernel_for(y).norm_forward); }
   static void norm_backward(const Tensor& y, const NormCall& call, const Tensor& partials, Tensor& total) {
     over_chunks(call, kernel_for(y).norm_backward, partials, total);
   }
@@ -56,16 +59,32 @@ struct Cpu {
   }
 };
 
+// x (images, …, channels), plus y for the first of `images` that it has.
+Tensor add_images(Tensor x, Tensor y, Tensor images) {
+  NormCall call = Operators<Cpu>::image_call("x", x, y, images);
+  Tensor out = torch::stable::empty_like(x);
+  call.x = x.data_ptr(), call.y = y.data_ptr(), call.out = out.data_ptr();
+  Cpu::over_rows(call, call.all_rows, Cpu::kernel_for(x).add_images);
+  return out;
+}
+
 }  // namespace
 }  // namespace swinv2_block
 
 STABLE_TORCH_LIBRARY_FRAGMENT(swinv2_scale, m) {
-  m.def("residual_norm_forward(Tensor? x, Tensor y, Tensor weight, Tensor bias, Tensor? keep, float eps) -> (Tensor, Tensor)");
   m.def(
-      "residual_norm_backward(Tensor grad_out, Tensor y, Tensor weight, Tensor? keep, Tensor statistics) -> (Tensor, Tensor)");
+      "residual_norm_forward(Tensor? x, Tensor y, Tensor weight, Tensor bias, Tensor? keep, Tensor? images, float eps)"
+      " -> (Tensor, Tensor)");
+  m.def(
+      "residual_norm_backward(Tensor grad_out, Tensor y, Tensor weight, Tensor? keep, Tensor? images, Tensor statistics)"
+      " -> (Tensor, Tensor)");
+  m.def("add_images(Tensor x, Tensor y, Tensor images) -> Tensor");
   m.def("gelu_forward(Tensor input) -> Tensor");
   m.def("gelu_backward(Tensor(a!) grad, Tensor input) -> (Tensor, Tensor)");
   m.def("sum_rows(Tensor input) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(swinv2_scale, CPU, m) { swinv2_block::Operators<swinv2_block::Cpu>::implement(m); }
+STABLE_TORCH_LIBRARY_IMPL(swinv2_scale, CPU, m) {
+  swinv2_block::Operators<swinv2_block::Cpu>::implement(m);
+  m.impl("add_images", TORCH_BOX(&swinv2_block::add_images));
+}

@@ -42,25 +42,39 @@ struct Operators {
     return int(map.size(map.dim() - 1));
   }
 
-  static NormCall norm_call(const Tensor& y, const Tensor& weight, const std::optional<Tensor>& keep) {
+  // images: an order of those of `whole`, which are x's: those that y has, and then the others; not said: y has all.
+  static NormCall image_call(const char* name, const Tensor& whole, const Tensor& y, const std::optional<Tensor>& images) {
     NormCall call{};
     call.channels = channels_of(y);
-    call.rows = y.numel() / call.channels;
+    call.rows = y.numel() / call.channels, call.all_rows = whole.numel() / call.channels;
+    call.rows_per_image = whole.dim() > 1 && whole.size(0) > 0 ? call.all_rows / whole.size(0) : 1;
+    check(name, whole, y, y.scalar_type(), images ? whole.numel() : y.numel());
+    if (images) {
+      check("images", *images, y, ScalarType::Long, whole.size(0));
+      const bool some = call.rows <= call.all_rows && call.rows == y.size(0) * call.rows_per_image;
+      STD_TORCH_CHECK(some && channels_of(whole) == call.channels, "y must have some of the images of ", name);
+      call.images = static_cast<const int64_t*>(images->const_data_ptr());
+    }
+    return call;
+  }
+
+  static NormCall norm_call(const char* name, const Tensor& whole, const Tensor& y, const Tensor& weight,
+                            const std::optional<Tensor>& keep, const std::optional<Tensor>& images) {
+    NormCall call = image_call(name, whole, y, images);
     call.chunks = Device::norm_chunks(call.rows);
-    call.rows_per_image = y.dim() > 1 && y.size(0) > 0 ? call.rows / y.size(0) : 1;
     check("weight", weight, y, exact_type(y), call.channels);
     if (keep) check("keep", *keep, y, exact_type(y), y.size(0)), call.keep = keep->data_ptr();
     return call;
   }
 
   static std::tuple<Tensor, Tensor> norm_forward(std::optional<Tensor> x, Tensor y, Tensor weight, Tensor bias,
-                                                 std::optional<Tensor> keep, double eps) {
-    NormCall call = norm_call(y, weight, keep);
-    STD_TORCH_CHECK(x || Device::NORM_ALONE, "x must be given on the ", Device::NAME);
-    if (x) check("x", *x, y, y.scalar_type(), y.numel()), x = Device::prepared(*x);
+                                                 std::optional<Tensor> keep, std::optional<Tensor> images, double eps) {
+    STD_TORCH_CHECK(x || (Device::NORM_ALONE && !images), "x must be given on the ", Device::NAME);
+    NormCall call = norm_call("x", x ? *x : y, y, weight, keep, images);
+    if (x) x = Device::prepared(*x);
     check("bias", bias, y, exact_type(y), call.channels);
     y = Device::prepared(y), weight = Device::prepared(weight), bias = Device::prepared(bias);
-    Tensor out = torch::stable::empty_like(y);
+    Tensor out = torch::stable::empty_like(x ? *x : y);
     Tensor statistics = torch::stable::new_empty(weight, {call.rows, 2});
     call.eps = eps, call.x = x ? x->data_ptr() : nullptr, call.y = y.data_ptr(), call.weight = weight.data_ptr(), call.bias = bias.data_ptr();
     call.out = out.data_ptr(), call.statistics = statistics.data_ptr();
@@ -69,9 +83,8 @@ struct Operators {
   }
 
   static std::tuple<Tensor, Tensor> norm_backward(Tensor grad_out, Tensor y, Tensor weight, std::optional<Tensor> keep,
-                                                  Tensor statistics) {
-    NormCall call = norm_call(y, weight, keep);
-    check("grad_out", grad_out, y, y.scalar_type(), y.numel());
+                                                  std::optional<Tensor> images, Tensor statistics) {
+    NormCall call = norm_call("grad_out", grad_out, y, weight, keep, images);
     check("statistics", statistics, y, exact_type(y), 2 * call.rows);
     grad_out = Device::prepared(grad_out), y = Device::prepared(y), weight = Device::prepared(weight);
     Tensor grad_y = torch::stable::empty_like(y);

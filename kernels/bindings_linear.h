@@ -118,8 +118,8 @@ struct Gradient {
     if (kept) call.weight_parts = static_cast<float*>(parts.data_ptr());
   }
 
-  // As many chunks as keep many threads busy; never a function of how many there are.
-  static int64_t chunks_of(int64_t tokens) { return tokens < 4096 ? 1 : tokens < 32768 ? tokens / 2048 : 16; }
+  // As many chunks as keep many threads busy, an even number; never a function of how many threads there are.
+  static int64_t chunks_of(int64_t tokens) { return std::clamp<int64_t>((tokens + 1024) / 4096 * 2, 1, 16); }
 
   // Some tokens of a chunk, in their order, by the thread that asks for it; where products are by vectors.
   void part(int64_t chunk, const void* grad, const void* x, int64_t tokens, bool continues) const {

@@ -25,16 +25,26 @@ INLINE Vec<T> sum_over(int channels, F f) {
   return even + odd;
 }
 
-// out = x + keep · (norm(y) · weight + bias), row by row; statistics are mean and 1 / deviation.
+// The row of x that a row of y belongs to; beyond the last of y, those of the images that y does not have.
+int64_t place(const NormCall& call, int64_t row) {
+  return call.images ? call.images[row / call.rows_per_image] * call.rows_per_image + row % call.rows_per_image : row;
+}
+
+// out = x + keep · (norm(y) · weight + bias), row by row; statistics are mean and 1 / deviation. Rows count as in `place`.
 template <class Element, class T>
 void norm_forward(const NormCall& call, int64_t first, int64_t last) {
   constexpr int LANE = LANES<T>;
   const int channels = call.channels;
   const T *weight = static_cast<const T*>(call.weight), *bias = static_cast<const T*>(call.bias);
   for (int64_t row = first; row < last; ++row) {
-    const Element* x = call.x ? static_cast<const Element*>(call.x) + row * channels : nullptr;
+    const int64_t at = place(call, row) * channels;
+    const Element* x = call.x ? static_cast<const Element*>(call.x) + at : nullptr;
+    Element* out = static_cast<Element*>(call.out) + at;
+    if (row >= call.rows) {
+      memcpy(out, x, channels * sizeof(Element));
+      continue;
+    }
     const Element* y = static_cast<const Element*>(call.y) + row * channels;
-    Element* out = static_cast<Element*>(call.out) + row * channels;
     const T keep = call.keep ? static_cast<const T*>(call.keep)[row / call.rows_per_image] : T(1);
     const T mean = sum<T>(sum_over<T>(channels, [&](int j) { return load_wide(y + j); })) / T(channels);
     const T squares = sum<T>(sum_over<T>(channels, [&](int j) {
@@ -61,7 +71,7 @@ void norm_backward(const NormCall& call, int64_t chunk) {
   T* bias_grad = weight_grad + channels;
   memset(weight_grad, 0, 2 * channels * sizeof(T));
   for (int64_t row = call.rows * chunk / call.chunks; row < call.rows * (chunk + 1) / call.chunks; ++row) {
-    const Element* grad = static_cast<const Element*>(call.grad_out) + row * channels;
+    const Element* grad = static_cast<const Element*>(call.grad_out) + place(call, row) * channels;
     const Element* y = static_cast<const Element*>(call.y) + row * channels;
     Element* grad_y = static_cast<Element*>(call.grad_y) + row * channels;
     const T keep = call.keep ? static_cast<const T*>(call.keep)[row / call.rows_per_image] : T(1);
@@ -81,6 +91,22 @@ void norm_backward(const NormCall& call, int64_t chunk) {
       const Vec<T> weighted = load_wide(grad + j) * keep * load(weight + j);
       store_narrow(grad_y + j, (weighted - level_mean - normed * along_mean) * over);
     }
+  }
+}
+
+// out = x + y, of the images that y has.
+template <class Element, class T>
+void add_images(const NormCall& call, int64_t first, int64_t last) {
+  const int channels = call.channels;
+  for (int64_t row = first; row < last; ++row) {
+    const int64_t at = place(call, row) * channels;
+    const Element *x = static_cast<const Element*>(call.x) + at, *y = static_cast<const Element*>(call.y) + row * channels;
+    Element* out = static_cast<Element*>(call.out) + at;
+    if (row >= call.rows) {
+      memcpy(out, x, channels * sizeof(Element));
+      continue;
+    }
+    for (int j = 0; j < channels; j += LANES<T>) store_narrow(out + j, load_wide(x + j) + load_wide(y + j));
   }
 }
 
@@ -115,8 +141,8 @@ void sum_rows(const MapCall& call, int64_t chunk) {
 }
 
 template <class Element, class T>
-constexpr Kernel kernel = {norm_forward<Element, T>, norm_backward<Element, T>, gelu_forward<Element, T>,
-                           gelu_backward<Element, T>, sum_rows<Element, T>};
+constexpr Kernel kernel = {norm_forward<Element, T>, norm_backward<Element, T>, add_images<Element, T>,
+                           gelu_forward<Element, T>, gelu_backward<Element, T>, sum_rows<Element, T>};
 
 }  // namespace
 

@@ -10,6 +10,7 @@ namespace swinv2_block {
 struct Kernel {
   void (*norm_forward)(const NormCall&, int64_t first, int64_t last);
   void (*norm_backward)(const NormCall&, int64_t chunk);
+  void (*add_images)(const NormCall&, int64_t first, int64_t last);
   void (*gelu_forward)(const MapCall&, int64_t first, int64_t last);
   void (*gelu_backward)(const MapCall&, int64_t chunk);
   void (*sum_rows)(const MapCall&, int64_t chunk);

@@ -104,6 +104,11 @@ __device__ __forceinline__ void store_row(T* row, const float (&x)[Each][CHUNK<T
 __device__ __forceinline__ float keep_of(const NormCall& call, int row) {
   return call.keep ? static_cast<const float*>(call.keep)[row / int(call.rows_per_image)] : 1.0f;
 }
+// Where in x the row begins that a row of y belongs to; beyond the last of y, those of the images that y does not have.
+__device__ __forceinline__ int64_t place(const NormCall& call, int row) {
+  const int each = int(call.rows_per_image);
+  return (call.images ? call.images[row / each] * each + row % each : int64_t(row)) * call.channels;
+}
 
 // A block takes as many rows at a time as its threads suffice for; rows beyond the last have no channels.
 template <typename T, int Each>
@@ -111,12 +116,13 @@ __global__ void __launch_bounds__(THREADS, 2) norm_forward_kernel(const NormCall
   SharedMemory shared;
   RowSum row_sum(shared, lanes);
   const int lane = threadIdx.x % lanes, rows = THREADS / lanes;
-  for (int first = blockIdx.x * rows; first < int(call.rows); first += int(call.chunks) * rows) {
+  for (int first = blockIdx.x * rows; first < int(call.all_rows); first += int(call.chunks) * rows) {
     const int row = first + threadIdx.x / lanes;
-    const int64_t at = int64_t(row) * call.channels;
-    const int channels = row < call.rows ? call.channels : 0;  // [rows]
+    const bool exists = row < call.all_rows, has_y = row < call.rows;
+    const int64_t at = exists ? place(call, row) : 0;
+    const int channels = exists ? call.channels : 0;
     float x[Each][CHUNK<T>], y[Each][CHUNK<T>];
-    load_row<T>(y, static_cast<const T*>(call.y) + at, lane, lanes, channels);
+    load_row<T>(y, static_cast<const T*>(call.y) + int64_t(row) * call.channels, lane, lanes, has_y ? channels : 0);
     load_row<T>(x, static_cast<const T*>(call.x) + at, lane, lanes, channels);
     float sum = 0.0f, squares = 0.0f;
 #pragma unroll
@@ -132,8 +138,8 @@ __global__ void __launch_bounds__(THREADS, 2) norm_forward_kernel(const NormCall
       for (int j = 0; j < CHUNK<T>; ++j) squares = fmaf(y[i][j] - mean, y[i][j] - mean, squares);
     }
     const float over = 1.0f / sqrtf(row_sum(squares) / float(call.channels) + float(call.eps));
-    if (row >= call.rows) continue;
-    const float keep = keep_of(call, row);
+    if (!exists) continue;
+    const float keep = has_y ? keep_of(call, row) : 0.0f;
 #pragma unroll
     for (int i = 0; i < Each; ++i) {
       const int column = (i * lanes + lane) * CHUNK<T>;
@@ -144,7 +150,7 @@ __global__ void __launch_bounds__(THREADS, 2) norm_forward_kernel(const NormCall
       for (int j = 0; j < CHUNK<T>; ++j) x[i][j] = fmaf(fmaf((y[i][j] - mean) * over, weight[j], bias[j]), keep, x[i][j]);
     }
     store_row<T>(static_cast<T*>(call.out) + at, x, lane, lanes, channels);
-    if (lane == 0) {
+    if (lane == 0 && has_y) {
       float* statistics = static_cast<float*>(call.statistics) + 2 * int64_t(row);
       statistics[0] = mean, statistics[1] = over;
     }
@@ -164,7 +170,7 @@ __global__ void __launch_bounds__(THREADS, 2) norm_backward_kernel(const NormCal
     const bool exists = row < call.rows;
     const int channels = exists ? call.channels : 0;  // [rows]
     float grad[Each][CHUNK<T>], y[Each][CHUNK<T>];
-    load_row<T>(grad, static_cast<const T*>(call.grad_out) + at, lane, lanes, channels);
+    load_row<T>(grad, static_cast<const T*>(call.grad_out) + (exists ? place(call, row) : 0), lane, lanes, channels);
     load_row<T>(y, static_cast<const T*>(call.y) + at, lane, lanes, channels);
     const float keep = exists ? keep_of(call, row) : 0.0f;
     const float mean = exists ? static_cast<const float*>(call.statistics)[2 * row] : 0.0f;
@@ -301,7 +307,7 @@ struct Launcher {
     constexpr int most = MOST_CHUNKS<T>;
     const int channels = call.channels;
     if (channels > MAX_NORM_CHANNELS) throw std::runtime_error("a norm may have at most 4096 channels");
-    if (call.rows > MAX_NORM_ROWS) throw std::runtime_error("a norm may have at most 2^30 rows");
+    if (call.all_rows > MAX_NORM_ROWS) throw std::runtime_error("a norm may have at most 2^30 rows");
     const int lanes = lanes_for(channels / chunk, most), fewer = lanes_for(channels / chunk, most - 1);
     if (lanes * most <= fewer * (most - 1)) {
       launch(many, lanes);
@@ -312,10 +318,10 @@ struct Launcher {
 
   static void norm_forward(const NormCall& given, gpu::Stream stream) {
     NormCall call = given;
-    if (call.rows == 0) return;
+    if (call.all_rows == 0) return;
     choose_lanes(call, &norm_forward_kernel<T, MOST_CHUNKS<T>>, &norm_forward_kernel<T, MOST_CHUNKS<T> - 1>,
                  [&](auto kernel, int lanes) {
-                   call.chunks = std::min((call.rows * lanes + THREADS - 1) / THREADS, FORWARD_BLOCKS);
+                   call.chunks = std::min((call.all_rows * lanes + THREADS - 1) / THREADS, FORWARD_BLOCKS);
                    gpu::launch(kernel, call.chunks, THREADS, row_bytes, stream, call, lanes);
                  });
   }

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -233,7 +234,8 @@ def show(report: Report, console: Console) -> None:
         title = f"Self-check on {report.device}: error as a share of its budget, the worst of all types"
         console.print(_table(title, ("case", *columns, ""), map(_verdict, _by_case(report.checks))))
         title = f"The same of a block's other kernels, the worst of all types of {len(selfcheck_block.cases())} cases"
-        tensors = (*selfcheck_block.TENSORS, *selfcheck_block.PRODUCTS, *selfcheck_block.STEP, selfcheck.REPEATED)
+        names = (selfcheck_block.TENSORS, selfcheck_block.PRODUCTS, selfcheck_block.STEP, selfcheck_block.TABLE)
+        tensors = (*chain.from_iterable(names), selfcheck.REPEATED)
         of_tensors = [[check for check in report.block if check.tensor == tensor] for tensor in tensors]
         console.print(_table(title, ("tensor", "share", ""), (_worst(checks) for checks in of_tensors if checks)))
     if report.speed:

@@ -40,6 +40,7 @@ POLICIES = {PROJECT: "none", f"{PROJECT}, memory=block": "block", f"{PROJECT}, c
 LIBRARIES = ("timm", "torchvision", "transformers")
 CASES = "t/256/8/8,s/256/8/8,b/192/12/4,b/256/16/2,b/384/24/1"
 CLASSES = 1000
+DROP_PATH = 0.2  # the rate of the last block, as in the recipes of T and B; every program's
 POLL = 0.02  # seconds between looks at a process's memory
 
 
@@ -106,6 +107,7 @@ def project(name: str, case: Case, mode: str, kind: str) -> Callable[[], Tensor]
     task = "simmim" if mode == "simmim" else "classification"
     settings = [f"model={case.model}", f"model.image_size={case.image}", f"model.window_size={case.window}"]
     settings += [f"global_batch={case.batch}", f"micro_batch={case.batch}", f"precision={kind}", f"task={task}"]
+    settings += [f"model.drop_path_rate={DROP_PATH}"]
     cfg = config.compose("pretrain", ["name=bench", "epochs=1", "data.train=none", *settings])
     cfg.memory = config.memory_policies()[POLICIES[name]]
     engine, the_task = engine_of(cfg, case.batch, compiled="compiled" in name)
@@ -121,7 +123,8 @@ def peer(name: str, case: Case, mode: str, kind: str) -> Callable[[], Tensor]:
     if library == "timm":
         from timm.models.swin_transformer_v2 import SwinTransformerV2
 
-        model: nn.Module = SwinTransformerV2(img_size=case.image, window_size=case.window, drop_path_rate=0.2, **size)
+        shape_of = {"img_size": case.image, "window_size": case.window, **size}
+        model: nn.Module = SwinTransformerV2(drop_path_rate=DROP_PATH, **shape_of)
     elif library == "torchvision":
         from torchvision.models import swin_transformer as vision
 
@@ -131,7 +134,7 @@ def peer(name: str, case: Case, mode: str, kind: str) -> Callable[[], Tensor]:
             size["depths"],
             size["num_heads"],
             [case.window, case.window],
-            stochastic_depth_prob=0.2,
+            stochastic_depth_prob=DROP_PATH,
             num_classes=CLASSES,
             block=vision.SwinTransformerBlockV2,
             downsample_layer=vision.PatchMergingV2,
@@ -140,7 +143,12 @@ def peer(name: str, case: Case, mode: str, kind: str) -> Callable[[], Tensor]:
         import transformers
 
         config = transformers.Swinv2Config(
-            image_size=case.image, window_size=case.window, num_labels=CLASSES, encoder_stride=32, **size
+            image_size=case.image,
+            window_size=case.window,
+            drop_path_rate=DROP_PATH,
+            num_labels=CLASSES,
+            encoder_stride=32,
+            **size,
         )
         kinds = transformers.Swinv2ForMaskedImageModeling, transformers.Swinv2ForImageClassification
         model = kinds[mode != "simmim"](config)

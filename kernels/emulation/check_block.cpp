@@ -42,12 +42,18 @@ struct Memory {
 bool holds(cuda::Type type, int64_t rows, int channels) {
   const cuda::Type exact = cuda::Type::float32;
   const cuda::Launchers kernels = cuda::launchers_for(type);
-  const Memory x(type, rows * channels, true), weight(exact, channels, true), keep(exact, rows, true);
-  const Memory out(type, rows * channels, false), statistics(exact, 2 * rows, false), grad_y(type, rows * channels, false);
-  const Memory norm_total(exact, 2 * channels, false), norm_partials(exact, cuda::norm_chunks(rows) * 2 * channels, false);
+  const int64_t some = rows - rows / 4;  // have a branch
+  const Memory x(type, rows * channels, true), y(type, some * channels, true);
+  const Memory weight(exact, channels, true), keep(exact, some, true);
+  const Memory out(type, rows * channels, false), statistics(exact, 2 * some, false), grad_y(type, some * channels, false);
+  const Memory norm_total(exact, 2 * channels, false), norm_partials(exact, cuda::norm_chunks(some) * 2 * channels, false);
+  std::vector<int64_t> images(rows);
+  for (int64_t i = 0; i < rows; ++i) images[i] = rows - 1 - i;
   NormCall norm{};
-  norm.rows = rows, norm.rows_per_image = 1, norm.chunks = cuda::norm_chunks(rows), norm.channels = channels, norm.eps = 1e-5;
-  norm.x = norm.y = norm.grad_out = x.bytes.get(), norm.weight = norm.bias = weight.bytes.get(), norm.keep = keep.bytes.get();
+  norm.rows = some, norm.all_rows = rows, norm.rows_per_image = 1, norm.images = images.data();
+  norm.chunks = cuda::norm_chunks(some), norm.channels = channels, norm.eps = 1e-5;
+  norm.x = norm.grad_out = x.bytes.get(), norm.y = y.bytes.get();
+  norm.weight = norm.bias = weight.bytes.get(), norm.keep = keep.bytes.get();
   norm.out = out.bytes.get(), norm.statistics = statistics.bytes.get(), norm.grad_y = grad_y.bytes.get();
   norm.partials = norm_partials.bytes.get();
   kernels.norm_forward(norm, nullptr);

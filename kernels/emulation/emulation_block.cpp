@@ -28,12 +28,13 @@ extern "C" {
 int64_t emulation_norm_chunks(int64_t rows) { return sb::cuda::norm_chunks(rows); }
 int64_t emulation_map_chunks(int64_t rows, int64_t channels) { return sb::cuda::map_chunks(rows, int(channels)); }
 
-// sizes: rows, channels, rows of an image
+// sizes: rows, channels, rows of an image, rows of x
 int emulation_norm_forward(const int64_t* sizes, int type, const void* x, const void* y, const void* weight, const void* bias,
-                           const void* keep, float eps, void* out, void* statistics) {
+                           const void* keep, const int64_t* images, float eps, void* out, void* statistics) {
   return guarded([&] {
     sb::NormCall call{};
     call.rows = sizes[0], call.channels = int(sizes[1]), call.rows_per_image = sizes[2], call.eps = eps;
+    call.all_rows = sizes[3], call.images = images;
     call.x = x, call.y = y, call.weight = weight, call.bias = bias, call.keep = keep;
     call.out = out, call.statistics = statistics;
     launchers(type).norm_forward(call, nullptr);
@@ -41,11 +42,12 @@ int emulation_norm_forward(const int64_t* sizes, int type, const void* x, const 
 }
 
 int emulation_norm_backward(const int64_t* sizes, int type, const void* grad_out, const void* y, const void* weight,
-                            const void* keep, void* statistics, void* grad_y, void* partials, float* total) {
+                            const void* keep, const int64_t* images, void* statistics, void* grad_y, void* partials,
+                            float* total) {
   return guarded([&] {
     sb::NormCall call{};
     call.rows = sizes[0], call.channels = int(sizes[1]), call.rows_per_image = sizes[2];
-    call.chunks = sb::cuda::norm_chunks(call.rows);
+    call.all_rows = sizes[3], call.images = images, call.chunks = sb::cuda::norm_chunks(call.rows);
     call.grad_out = grad_out, call.y = y, call.weight = weight, call.keep = keep, call.statistics = statistics;
     call.grad_y = grad_y, call.partials = partials;
     launchers(type).norm_backward(call, total, nullptr);

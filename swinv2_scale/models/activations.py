@@ -7,6 +7,8 @@ the chains from their end: gradients come, kept tensors go, and the largest sum 
 forward, where a unit holds less than when its own backward begins. Heads of dense tasks are more than a chain, and are
 run on the meta device instead (dry_run.py).
 
+Drop path leaves branches out; what is planned is for a step in which none is.
+
 tests/unit/test_activations.py compares what is kept, and the peak, with what PyTorch holds.
 """
 
@@ -309,10 +311,11 @@ def _block(
     copies = 0 if device == "cpu" else 3 * tokens * channels * EXACT  # of the branch and two gradients
     post_norm = Op(size, True, extra=2 * tokens * EXACT, scratch=copies)
     # Position bias: coordinates, hidden layer and sigmoid are kept; backward needs the hidden layer's gradient twice.
+    # On the CPU the table is enough.
     offsets = math.prod(2 * w - 1 for w in window)
-    bias_kept = offsets * EXACT * (len(window) + BIAS_HIDDEN + heads)
-    bias_scratch = offsets * EXACT * (2 * BIAS_HIDDEN + heads)
     table = offsets * heads * EXACT
+    bias_kept = 0 if device == "cpu" else offsets * EXACT * (len(window) + BIAS_HIDDEN + heads)
+    bias_scratch = table if device == "cpu" else offsets * EXACT * (2 * BIAS_HIDDEN + heads)
     if attention not in ("reference", "sequential") and _has_kernel(channels // heads, window):
         lse = tokens * heads * EXACT
         scratch = _kernel_scratch(device, images * math.prod(padded_grid(grid, window)), tokens, heads, window)

@@ -6,12 +6,14 @@ logarithmically beyond it. Linear spacing is the paper's comparison (its Table 1
 repeats it in small.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from swinv2_scale.ops.position_bias import bias_table, is_native
 
 SPACINGS = ("log", "linear")
 
@@ -41,6 +43,13 @@ def relative_coordinates(
     return torch.sign(x) * torch.log2(x.abs() + 1.0) / math.log2(8)
 
 
+@functools.lru_cache(64)
+def _known_coordinates(window: tuple[int, ...], reference_window: tuple[int, ...], spacing: str) -> Tensor:
+    """`relative_coordinates` in the CPU's memory, (n, axes): computed once for all blocks and steps."""
+    with torch.inference_mode(False):
+        return relative_coordinates(window, reference_window, torch.device("cpu"), spacing).flatten(0, -2)
+
+
 class PositionBias(nn.Sequential):
     """Table of biases for a window: 16 · sigmoid(MLP(coordinates)), MLP: axes -> 512 -> ReLU -> heads.
 
@@ -59,8 +68,13 @@ class PositionBias(nn.Sequential):
         first, _, last = self
         assert isinstance(first, nn.Linear) and isinstance(last, nn.Linear)
         exact = torch.promote_types(first.weight.dtype, torch.float32)
-        x = relative_coordinates(window, reference_window, first.weight.device, self.spacing).to(exact)
-        with torch.autocast(x.device.type, enabled=False):
-            x = F.linear(x, first.weight.to(exact), first.bias.to(exact)).relu()
-            x = F.linear(x, last.weight.to(exact))
-        return (16 * torch.sigmoid(x)).movedim(-1, 0)
+        weights = first.weight.to(exact), first.bias.to(exact), last.weight.to(exact)
+        if is_native(*weights):
+            x = _known_coordinates(tuple(window), tuple(reference_window), self.spacing)
+        else:
+            x = (
+                relative_coordinates(window, reference_window, first.weight.device, self.spacing)
+                .flatten(0, -2)
+                .to(exact)
+            )
+        return bias_table(x, *weights).unflatten(-1, [2 * w - 1 for w in window])

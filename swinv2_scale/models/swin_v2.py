@@ -11,7 +11,7 @@ Models of clips have a time axis T before Y, and are otherwise the same modules 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from swinv2_scale.models.initial import init_weights
 from swinv2_scale.models.position_bias import PositionBias
 from swinv2_scale.ops import cosine_window_attention
-from swinv2_scale.ops.block import layer_norm, linear, mlp, residual_post_norm
+from swinv2_scale.ops.block import first_images, layer_norm, linear, mlp, residual_post_norm
 from swinv2_scale.ops.windows import fit_window
 
 PATCH = 4  # pixels per axis; every released model has it
@@ -36,8 +36,10 @@ class LayerNorm(nn.LayerNorm):
 class PostNorm(nn.LayerNorm):
     """Residual post-norm: x + keep · LayerNorm(branch), the norm in the type of its weights, the sum in x's."""
 
-    def forward(self, x: Tensor, branch: Tensor, keep: Tensor | None) -> Tensor:  # type: ignore[override]
-        return residual_post_norm(x, branch, self.weight, self.bias, keep)
+    def forward(  # type: ignore[override]
+        self, x: Tensor, branch: Tensor, keep: Tensor | None = None, images: Tensor | None = None
+    ) -> Tensor:
+        return residual_post_norm(x, branch, self.weight, self.bias, keep, images)
 
 
 class Linear(nn.Linear):
@@ -48,17 +50,27 @@ class Linear(nn.Linear):
 
 
 class DropPath(nn.Module):
-    """Drops the whole branch for a random share of the images, and scales the rest to keep the mean."""
+    """Drops the whole branch for a random share of the images, and scales the rest to keep the mean.
+
+    An image's dropped branch is not computed. In float32 that changes nothing but time and memory: images meet nowhere
+    in a block.
+    """
 
     def __init__(self, rate: float) -> None:
         super().__init__()
         self.rate = rate
 
-    def forward(self, x: Tensor) -> Tensor | None:
-        """(B, …) -> the factor (B,) of each image's branch, or None where all are 1."""
+    def forward(self, x: Tensor, branch: Callable[[Tensor], Tensor], norm: PostNorm) -> Tensor:
+        """x (B, …) + norm(branch(x))"""
         if not self.training or self.rate == 0.0:
-            return None
-        return (torch.rand(len(x), device=x.device) >= self.rate) / (1.0 - self.rate)
+            return norm(x, branch(x))
+        keep = (torch.rand(len(x)) >= self.rate) / (1.0 - self.rate)  # on the CPU: nothing waits for a GPU
+        if torch.compiler.is_compiling() or keep.all():  # a compiler wants the same shapes in every step
+            return norm(x, branch(x), keep.to(x.device))
+        kept = int(keep.count_nonzero())
+        keep, images = (tensor.to(x.device) for tensor in keep.sort(descending=True, stable=True))
+        x, some = first_images(x, images, kept)
+        return norm(x, branch(some), keep[:kept], images)
 
 
 class WindowAttention(nn.Module):
@@ -128,8 +140,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, Y, X, C) -> (B, Y, X, C)"""
         window, shift = fit_window(x.shape[1:-1], self.window, self.shift)
-        x = self.norm1(x, self.attn(x, window, shift, self.reference_window), self.drop_path(x))
-        x = self.norm2(x, self.mlp(x), self.drop_path(x))
+        x = self.drop_path(x, lambda x: self.attn(x, window, shift, self.reference_window), self.norm1)
+        x = self.drop_path(x, self.mlp, self.norm2)
         return self.enorm(x)
 
 

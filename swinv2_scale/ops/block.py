@@ -3,6 +3,7 @@
     linear               x · Wᵀ + b
     mlp                  fc2(gelu(fc1(x))); keeps x and fc1's output, and computes GELU again in backward
     residual_post_norm   x + keep · norm(y); keeps y and two numbers per token
+    first_images         x, and some images of it, for a branch that others do not have
     layer_norm           the norm alone
 
 The parts that memory bounds are native on the CPU (kernels/block_cpu.cpp) and on NVIDIA's GPUs (kernels/block_cuda.cu),
@@ -44,14 +45,24 @@ def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tenso
     return _Mlp.apply(*_autocast(x, weight1, bias1, weight2, bias2), torch.is_grad_enabled())
 
 
-def residual_post_norm(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, keep: Tensor | None) -> Tensor:
+def residual_post_norm(
+    x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, keep: Tensor | None = None, images: Tensor | None = None
+) -> Tensor:
     """x + keep · (LayerNorm(y) · weight + bias) in x's type; the norm in that of its weight.
 
-    x and y (B, …, C); weight and bias (C,), float32 or wider; keep (B,), float32: drop path's factors, or None.
+    x (B, …, C), y (K, …, C); weight and bias (C,), float32 or wider; keep (K,), float32: drop path's factors, or None.
+    images (B,), int64: an order of x's images, of which y has the first K; the others go through as they are. None: y
+    has all, and K = B.
     """
     if torch.compiler.is_compiling():
-        return composed_post_norm(x, y, weight, bias, keep)
-    return _ResidualPostNorm.apply(x, y.to(x.dtype), weight, bias, keep)
+        return composed_post_norm(x, y, weight, bias, keep, images)
+    return _ResidualPostNorm.apply(x, y.to(x.dtype), weight, bias, keep, images)
+
+
+def first_images(x: Tensor, images: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """x (B, …) and the first `count` of its images in an order (B,) of them: (B, …), (count, …). Backward adds up the
+    gradients of both in one pass."""
+    return _FirstImages.apply(x, images, count)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -61,14 +72,20 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """
     copies = x.dtype != weight.dtype and not torch.compiler.is_compiling()
     if copies and x.device.type == "cpu" and _has_native_norm(x, weight):
-        return _ResidualPostNorm.apply(None, x, weight, bias, None)
+        return _ResidualPostNorm.apply(None, x, weight, bias, None, None)
     return F.layer_norm(x.to(weight.dtype), weight.shape, weight, bias, EPS).to(x.dtype)
 
 
-def composed_post_norm(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, keep: Tensor | None) -> Tensor:
+def composed_post_norm(
+    x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, keep: Tensor | None = None, images: Tensor | None = None
+) -> Tensor:
     """`residual_post_norm` as PyTorch's functions have it."""
-    branch = F.layer_norm(y.to(weight.dtype), weight.shape, weight, bias, EPS)
-    return x + (branch if keep is None else branch * _per_image(keep, x)).to(x.dtype)
+    return _add_branch(x, F.layer_norm(y.to(weight.dtype), weight.shape, weight, bias, EPS), keep, images)
+
+
+def _add_branch(x: Tensor, branch: Tensor, keep: Tensor | None, images: Tensor | None) -> Tensor:
+    branch = (branch if keep is None else branch * _per_image(keep, x)).to(x.dtype)
+    return x + branch if images is None else x.index_add(0, images[: len(branch)], branch)
 
 
 def _per_image(keep: Tensor, x: Tensor) -> Tensor:
@@ -190,7 +207,7 @@ def _takes_gradient(grad: Tensor, x: Tensor) -> bool:
 
 def _takes_mlp_gradient(grad: Tensor, hidden: Tensor) -> bool:
     """Whether all gradients of an MLP come from one operator: every thread has a chunk of tokens, or several."""
-    chunks, threads = min(len(grad) // 2048, 16), torch.get_num_threads()
+    chunks, threads = min((len(grad) + 1024) // 4096 * 2, 16), torch.get_num_threads()
     return (
         _products(grad, hidden) == "vectors" and chunks >= threads and (chunks % threads == 0 or chunks >= 4 * threads)
     )
@@ -252,31 +269,55 @@ class _Mlp(torch.autograd.Function):
         return _input_gradient(grad_hidden, weight1).view_as(x) if for_x else None, *first, *second, None
 
 
+class _FirstImages(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, images: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(images)
+        return x.view_as(x), x.index_select(0, images[:count])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, grad_first: Tensor) -> tuple[Tensor, None, None]:
+        (images,) = ctx.saved_tensors
+        if grad.device.type == "cpu" and _is_native(grad):
+            tensors = grad.contiguous(), grad_first.contiguous(), images
+            return torch.ops.swinv2_scale.add_images(*tensors), None, None
+        return grad.index_add(0, images[: len(grad_first)], grad_first), None, None
+
+
 class _ResidualPostNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor | None, y: Tensor, weight: Tensor, bias: Tensor, keep: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor | None,
+        y: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        keep: Tensor | None,
+        images: Tensor | None,
+    ) -> Tensor:
         ctx.native = x is None or _has_native_norm(y, weight)
         if ctx.native:
             x, y = None if x is None else x.contiguous(), y.contiguous()
             keep = None if keep is None else keep.to(weight.dtype)
-            out, *statistics = torch.ops.swinv2_scale.residual_norm_forward(x, y, weight, bias, keep, EPS)
+            out, *statistics = torch.ops.swinv2_scale.residual_norm_forward(x, y, weight, bias, keep, images, EPS)
         else:
             assert x is not None
             branch, *statistics = torch.native_layer_norm(y.to(weight.dtype), weight.shape, weight, bias, EPS)
-            out = x + (branch if keep is None else branch * _per_image(keep, x)).to(x.dtype)
-        ctx.save_for_backward(y, weight, bias, keep, *statistics)
+            out = _add_branch(x, branch, keep, images)
+        ctx.save_for_backward(y, weight, bias, keep, images, *statistics)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        y, weight, bias, keep, *statistics = ctx.saved_tensors
+        y, weight, bias, keep, images, *statistics = ctx.saved_tensors
         if ctx.native:
             backward = torch.ops.swinv2_scale.residual_norm_backward
-            grad_y, affine = backward(grad.contiguous(), y, weight, keep, *statistics)
-            return grad if ctx.needs_input_grad[0] else None, grad_y, *affine, None
-        of_branch = grad.to(weight.dtype)
+            grad_y, affine = backward(grad.contiguous(), y, weight, keep, images, *statistics)
+            return grad if ctx.needs_input_grad[0] else None, grad_y, *affine, None, None
+        of_branch = (grad if images is None else grad.index_select(0, images[: len(y)])).to(weight.dtype)
         of_branch = of_branch if keep is None else (of_branch * _per_image(keep, y)).to(weight.dtype)
         backward = torch.ops.aten.native_layer_norm_backward
         grad_y, *affine = backward(of_branch, y.to(weight.dtype), weight.shape, *statistics, weight, bias, [True] * 3)
-        return grad, grad_y.to(y.dtype), *affine, None
+        return grad, grad_y.to(y.dtype), *affine, None, None

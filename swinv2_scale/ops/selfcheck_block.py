@@ -1,5 +1,5 @@
-"""The native parts of a block, its native products where there are some (ops/block.py), and on the CPU AdamW's step,
-against PyTorch's functions in float64; the budget is selfcheck.py's."""
+"""The native parts of a block, its native products where there are some (ops/block.py), and on the CPU AdamW's step and
+the table of position biases, against PyTorch's functions in float64; the budget is selfcheck.py's."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from swinv2_scale.ops import adamw, block, native
+from swinv2_scale.ops.position_bias import composed_bias_table
 from swinv2_scale.ops.selfcheck import FLOOR, GRADIENTS, REPEATED, VALUES, Check
 
 TENSORS = (  # what `native_parts` returns
@@ -26,6 +27,7 @@ TENSORS = (  # what `native_parts` returns
 )
 PRODUCTS = ("product", "gradient of its map", "gradient of its weight", "gradient of its bias")
 STEP = ("AdamW's weights", "AdamW's trained weights", "squares of a gradient")
+TABLE = ("position bias", *(f"position bias's gradient of {name}" for name in ("weight 1", "bias 1", "weight 2")))
 LAYER = (300, 544, 1088)  # tokens, inputs and outputs: squares, panels and blocks that are not full
 REMEDY = f"the environment variable {native.FORCE}={native.OFF} trains without any native code"
 Parts = Callable[..., list[Tensor]]
@@ -33,7 +35,10 @@ Parts = Callable[..., list[Tensor]]
 
 @dataclass(frozen=True)
 class Case:
-    """Maps of `images` x 5 x 7 tokens, `size` times as large as usual; drop path drops the first image, or is off."""
+    """Maps of `images` x 5 x 7 tokens, `size` times as large as usual; drop path drops the first image, or is off.
+
+    Dropped, the branch has one image less, and the others in reverse.
+    """
 
     channels: int
     images: int = 3
@@ -51,36 +56,41 @@ def cases() -> list[Case]:
     return [Case(96), Case(352, dropped=False), Case(1408, images=2, size=100.0), Case(4096, images=1, dropped=False)]
 
 
-def native_parts(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, keep: Tensor | None, grad: Tensor) -> list[Tensor]:
+def native_parts(
+    x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, keep: Tensor | None, images: Tensor | None, grad: Tensor
+) -> list[Tensor]:
     """All operators of the maps' device."""
     operators = torch.ops.swinv2_scale
-    out, statistics = operators.residual_norm_forward(x, y, weight, bias, keep, block.EPS)
-    grad_y, affine = operators.residual_norm_backward(grad, y, weight, keep, statistics)
-    slope = grad.clone()
+    out, statistics = operators.residual_norm_forward(x, y, weight, bias, keep, images, block.EPS)
+    grad_y, affine = operators.residual_norm_backward(grad, y, weight, keep, images, statistics)
+    slope = grad[: len(y)].clone()
     activated, total = operators.gelu_backward(slope, y)
     return [out, grad_y, *affine, operators.gelu_forward(y), activated, slope, total, operators.sum_rows(y)]
 
 
-def plain_parts(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, keep: Tensor | None, grad: Tensor) -> list[Tensor]:
+def plain_parts(
+    x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, keep: Tensor | None, images: Tensor | None, grad: Tensor
+) -> list[Tensor]:
     """The same by PyTorch's functions."""
     y, weight, bias = (tensor.detach().requires_grad_() for tensor in (y, weight, bias))
-    out, activated = block.composed_post_norm(x, y, weight, bias, keep), F.gelu(y)
+    out, activated = block.composed_post_norm(x, y, weight, bias, keep, images), F.gelu(y)
     gradients = torch.autograd.grad(out, (y, weight, bias), grad)
-    (slope,) = torch.autograd.grad(activated, y, grad)
+    (slope,) = torch.autograd.grad(activated, y, grad[: len(y)])
     found = [out, *gradients, activated, activated, slope, slope.flatten(0, -2).sum(0), y.flatten(0, -2).sum(0)]
     return [tensor.detach() for tensor in found]
 
 
 def draw(case: Case, dtype: torch.dtype, device: torch.device) -> list[Tensor | None]:
-    """x, y, weight, bias, keep and a gradient of the output."""
+    """x, y, weight, bias, keep, images and a gradient of the output."""
     generator = torch.Generator().manual_seed(0)
     shape = (case.images, 5, 7, case.channels)
     x, y, grad = (torch.randn(shape, generator=generator) for _ in range(3))
     y = case.size * (2 * y + torch.randn(*shape[:-1], 1, generator=generator))
     weight, bias = torch.randn(2, case.channels, generator=generator)
-    keep = torch.tensor([0.0, *[1.25] * (case.images - 1)], device=device) if case.dropped else None
-    maps = [tensor.to(device, dtype) for tensor in (x, y)]
-    return [*maps, weight.to(device), bias.to(device), keep, grad.to(device, dtype)]
+    images = torch.arange(case.images).flip(0) if case.dropped else None
+    keep = 1.25 + torch.arange(case.images - 1.0) if case.dropped else None
+    tensors = [x.to(dtype), y[: case.images - case.dropped].to(dtype), weight, bias, keep, images, grad.to(dtype)]
+    return [None if tensor is None else tensor.to(device) for tensor in tensors]
 
 
 def compare(case: Case, dtype: torch.dtype, device: torch.device, parts: Parts = native_parts) -> list[Check]:
@@ -137,9 +147,31 @@ def compare_step(dtype: torch.dtype) -> list[Check]:
     return _compare("1001 weights", STEP, [weights, mean, square.abs(), gradient.to(dtype)], native_step, plain_step)
 
 
+def native_table(coordinates: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, grad: Tensor) -> list[Tensor]:
+    """A table of position biases, and gradients of its weights."""
+    operators, tensors = torch.ops.swinv2_scale, (coordinates, weight1, bias1, weight2)
+    out = operators.position_bias_forward(*tensors)
+    return [out, *operators.position_bias_backward(grad, out, *tensors)]
+
+
+def plain_table(coordinates: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, grad: Tensor) -> list[Tensor]:
+    """The same by PyTorch's functions."""
+    weights = [weight.detach().requires_grad_() for weight in (weight1, bias1, weight2)]
+    out = composed_bias_table(coordinates, *weights)
+    return [out.detach(), *torch.autograd.grad(out, weights, grad)]
+
+
+def compare_table() -> list[Check]:
+    """A check for each of TABLE, and for a second run; of 49 offsets and 20 heads, on the CPU, in float32 as always."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = (49, 2), (64, 2), (64,), (20, 64), (20, 49)
+    tensors: list[Tensor | None] = [torch.randn(shape, generator=generator) for shape in shapes]
+    return _compare("49 offsets", TABLE, tensors, native_table, plain_table)
+
+
 def _compare(case: str, names: Sequence[str], tensors: list[Tensor | None], parts: Parts, plain: Parts) -> list[Check]:
     ours, usual, again = parts(*tensors), plain(*tensors), parts(*tensors)
-    exact = plain(*(None if tensor is None else tensor.double() for tensor in tensors))
+    exact = plain(*(t.double() if t is not None and t.is_floating_point() else t for t in tensors))
     assert tensors[-1] is not None
     dtype, checks = str(tensors[-1].dtype).removeprefix("torch."), []
     for tensor, found, other, true in zip(names, ours, usual, exact, strict=True):
@@ -159,6 +191,7 @@ def checks(device: torch.device, only: torch.dtype | None = None) -> list[Check]
     if device.type == "cpu":
         parts += [("products", PRODUCTS[0], dtype, partial(compare_products, dtype)) for dtype in types]
         parts += [("a step", STEP[0], dtype, partial(compare_step, dtype)) for dtype in types]
+        parts.append(("a table", TABLE[0], torch.float32, partial(compare_table)))
     found: list[Check] = []
     for case, tensor, dtype, run in parts:
         try:

@@ -2,6 +2,8 @@
 
 import math
 import re
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 from swinv2_scale import create_model
 from swinv2_scale.models import swin_v2
 from swinv2_scale.models.position_bias import PositionBias
-from swinv2_scale.models.swin_v2 import Block, DropPath, PatchMerging, SwinTransformerV2
+from swinv2_scale.models.swin_v2 import Block, DropPath, PatchMerging, PostNorm, SwinTransformerV2
 
 
 def model_of(**changes) -> SwinTransformerV2:
@@ -287,20 +289,54 @@ def test_drop_path_rates_rise_linearly_over_all_blocks() -> None:
 
 def test_drop_path_drops_whole_images_and_keeps_the_mean() -> None:
     torch.manual_seed(0)
-    drop = DropPath(0.3)
-    x = torch.randn(20000, 2, 3)
-    out = x * drop(x)[:, None, None]
+    drop, norm = DropPath(0.3), drawn(PostNorm(16))
+    x = torch.randn(20000, 2, 16)
+    whole = norm(x, 2 * x) - x
+    out = drop(x, lambda some: 2 * some, norm) - x
     kept = (out != 0).all(dim=(1, 2))
     assert torch.equal(out[~kept], torch.zeros_like(out[~kept]))
-    assert torch.allclose(out[kept], x[kept] / 0.7)
+    assert torch.allclose(out[kept], whole[kept] / 0.7, atol=2e-6)
     assert kept.double().mean().item() == pytest.approx(0.7, abs=0.02)
-    assert drop.eval()(x) is None and DropPath(0.0).train()(x) is None
+    for without in (drop.eval(), DropPath(0.0).train()):
+        assert torch.equal(without(x, lambda some: 2 * some, norm), norm(x, 2 * x))
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.95])  # of three images all, some or none have the branch
+def test_branches_that_are_dropped_are_not_computed(rate: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model is what it would be if they were computed and then forgotten, gradients of all weights included."""
+    model = drawn(model_of(drop_path_rate=rate)).double().train()
+    images, counts = torch.randn(3, 3, 64, 64, dtype=torch.float64), []
+    attend = swin_v2.cosine_window_attention
+
+    def counted(qkv: Tensor, *tensors: Tensor, **arguments: Any) -> Tensor:
+        counts.append(len(qkv))
+        return attend(qkv, *tensors, **arguments)
+
+    def forgotten(self: DropPath, x: Tensor, branch: Callable[[Tensor], Tensor], norm: PostNorm) -> Tensor:
+        kept = torch.rand(len(x)) >= self.rate if self.rate else torch.ones(len(x))
+        return x + (norm(x, branch(x)) - x) * (kept / (1 - self.rate)).view(-1, 1, 1, 1)
+
+    def run() -> list[Tensor]:
+        torch.manual_seed(3)
+        model.zero_grad()
+        out = model(images)
+        out.square().sum().backward()
+        return [out.detach(), *(parameter.grad for parameter in model.parameters())]
+
+    monkeypatch.setattr(swin_v2, "cosine_window_attention", counted)
+    found, drawn_counts = run(), counts.copy()
+    monkeypatch.setattr(DropPath, "forward", forgotten)
+    for ours, theirs in zip(found, run(), strict=True):
+        assert (ours - theirs).abs().max() <= 1e-9 * theirs.abs().max() + 1e-12
+    assert min(drawn_counts) < 3 and (rate < 0.9 or 0 in drawn_counts)
 
 
 def test_drop_path_comes_after_the_norm(monkeypatch: pytest.MonkeyPatch) -> None:
     block = drawn(model_of()).layers[0].blocks[0]
     x = torch.randn(2, 5, 6, 16)
-    monkeypatch.setattr(DropPath, "forward", lambda _, x: torch.zeros(len(x)))  # drops every branch
+    monkeypatch.setattr(torch, "rand", torch.zeros)  # drops every branch
+    block.drop_path.rate = 0.5
+    block.train()
     assert torch.equal(block(x), x)
 
 

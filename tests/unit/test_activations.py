@@ -83,13 +83,12 @@ def test_every_policy_of_conf(name: str) -> None:
     ("policy", "changes"),
     [
         ({}, {"precision": "fp32"}),
-        ({}, {"drop_path": 0.2}),
         ({}, {"extra_norm": 2}),
         ({}, {"frames": 4, "size": 64}),
         ({"attention": "sequential", "activations": "recompute"}, {"frames": 4, "size": 64}),
         ({"attention": "reference"}, {"frames": 3, "size": 64}),
         ({}, {"simmim": True}),
-        ({"activations": "recompute"}, {"simmim": True, "drop_path": 0.2}),
+        ({"activations": "recompute"}, {"simmim": True}),
         ({"activations": "recompute", "stages": [1, 2]}, {}),
         ({"activations": "recompute_mlp", "every": 2}, {}),
         ({"activations": "offload", "stages": [0], "mlp_tokens": 512}, {}),
@@ -104,6 +103,14 @@ def test_combinations(policy: dict[str, Any], changes: dict[str, Any]) -> None:
     kept, peak = compare({**KEEP, **policy}, **changes)
     assert kept == pytest.approx(1.0, abs=5e-3)
     assert peak == pytest.approx(1.0, abs=0.06)
+
+
+@pytest.mark.parametrize("rate", [0.05, 0.2, 0.9])
+@pytest.mark.parametrize("activations", ["keep", "recompute"])
+def test_with_drop_path_a_step_takes_no_more(activations: str, rate: float) -> None:
+    kept, peak = compare({**KEEP, "activations": activations}, simmim=True, drop_path=rate)
+    assert kept >= 0.995 and peak >= 0.975
+    assert kept > 1.02 or rate < 0.5 or activations == "recompute"  # which keeps a block's input in any case
 
 
 def test_offloaded_inputs_lie_on_the_host_of_an_accelerator() -> None:
