@@ -66,6 +66,7 @@ class FlatGradients(deepspeed.runtime.engine.DeepSpeedZeroOptimizer):
         self._rank = dist.get_rank(group=self.dp_process_group)
         self._on_cpu = torch.device(self.device).type == "cpu"
         self._own: dict[int, Tensor] = {}  # the sums of this rank's pieces, by group
+        self._places: dict[nn.Parameter, list[tuple[Tensor, slice | None]]] = {}  # where its gradient is added
         self._summed: set[nn.Parameter] = set()  # have a gradient in this step
         self._reducing: list[tuple[Any, Tensor]] = []
         self._divide()
@@ -168,17 +169,29 @@ class FlatGradients(deepspeed.runtime.engine.DeepSpeedZeroOptimizer):
 
     def _add(self, parameter: nn.Parameter, gradient: Tensor | None) -> None:
         """Add a gradient to the sums of its pieces; the first of a step takes their place, None is zero."""
+        for place, part in self._places.get(parameter) or self._places_of(parameter):
+            if gradient is None:
+                place.zero_()
+                continue
+            some = gradient if part is None else gradient.flatten()[part]
+            if parameter in self._summed:
+                place.add_(some)
+            else:
+                place.copy_(some)
+        self._summed.add(parameter)
+
+    def _places_of(self, parameter: nn.Parameter) -> list[tuple[Tensor, slice | None]]:
+        """In the sums of each of its pieces, and which part of it belongs there; None: all, in the same shape."""
+        places: list[tuple[Tensor, slice | None]] = []
         start = parameter.data.storage_offset()
         for piece in self._pieces_of[parameter]:
             begin, end = max(piece.begin, start), min(piece.end, start + parameter.numel())
             place = self._memory(piece)[begin - piece.begin : end - piece.begin]
-            if gradient is None:
-                place.zero_()
-            elif parameter in self._summed:
-                place.add_(gradient.flatten()[begin - start : end - start])
-            else:
-                place.copy_(gradient.flatten()[begin - start : end - start])
-        self._summed.add(parameter)
+            whole = len(place) == parameter.numel()
+            places.append((place.view_as(parameter), None) if whole else (place, slice(begin - start, end - start)))
+        if self._on_cpu:  # whose sums stay where they are
+            self._places[parameter] = places
+        return places
 
     def _memory(self, piece: Piece) -> Tensor:
         """The sums of a piece; beyond the last parameter they are zero."""
