@@ -50,6 +50,7 @@ struct Cpu {
   static void norm_backward(const Tensor& y, const NormCall& call, const Tensor& partials, Tensor& total) {
     over_chunks(call, kernel_for(y).norm_backward, partials, total);
   }
+  static void add_images(const Tensor& x, const NormCall& call) { over_rows(call, call.all_rows, kernel_for(x).add_images); }
   static void gelu_forward(const Tensor& input, const MapCall& call) { over_rows(call, kernel_for(input).gelu_forward); }
   static void gelu_backward(const Tensor& input, const MapCall& call, const Tensor& partials, Tensor& total) {
     over_chunks(call, kernel_for(input).gelu_backward, partials, total);
@@ -58,15 +59,6 @@ struct Cpu {
     over_chunks(call, kernel_for(input).sum_rows, partials, total);
   }
 };
-
-// x (images, …, channels), plus y for the first of `images` that it has.
-Tensor add_images(Tensor x, Tensor y, Tensor images) {
-  NormCall call = Operators<Cpu>::image_call("x", x, y, images);
-  Tensor out = torch::stable::empty_like(x);
-  call.x = x.data_ptr(), call.y = y.data_ptr(), call.out = out.data_ptr();
-  Cpu::over_rows(call, call.all_rows, Cpu::kernel_for(x).add_images);
-  return out;
-}
 
 }  // namespace
 }  // namespace swinv2_block
@@ -84,7 +76,4 @@ STABLE_TORCH_LIBRARY_FRAGMENT(swinv2_scale, m) {
   m.def("sum_rows(Tensor input) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(swinv2_scale, CPU, m) {
-  swinv2_block::Operators<swinv2_block::Cpu>::implement(m);
-  m.impl("add_images", TORCH_BOX(&swinv2_block::add_images));
-}
+STABLE_TORCH_LIBRARY_IMPL(swinv2_scale, CPU, m) { swinv2_block::Operators<swinv2_block::Cpu>::implement(m); }

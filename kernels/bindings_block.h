@@ -96,6 +96,16 @@ struct Operators {
     return {grad_y, total};
   }
 
+  // x, plus y for the first of `images` that it has.
+  static Tensor add_images(Tensor x, Tensor y, Tensor images) {
+    NormCall call = image_call("x", x, y, images);
+    x = Device::prepared(x), y = Device::prepared(y);
+    Tensor out = torch::stable::empty_like(x);
+    call.x = x.data_ptr(), call.y = y.data_ptr(), call.out = out.data_ptr();
+    Device::add_images(x, call);
+    return out;
+  }
+
   static MapCall map_call(Tensor& input) {
     MapCall call{};
     call.channels = channels_of(input);
@@ -137,6 +147,7 @@ struct Operators {
   static void implement(auto& library) {
     library.impl("residual_norm_forward", TORCH_BOX(&norm_forward));
     library.impl("residual_norm_backward", TORCH_BOX(&norm_backward));
+    library.impl("add_images", TORCH_BOX(&add_images));
     library.impl("gelu_forward", TORCH_BOX(&gelu_forward));
     library.impl("gelu_backward", TORCH_BOX(&gelu_backward));
     library.impl("sum_rows", TORCH_BOX(&sum_rows));

@@ -46,6 +46,9 @@ struct Cuda {
   static void norm_backward(const Tensor& y, const NormCall& call, const Tensor&, Tensor& total) {
     run(y, [&](const cuda::Launchers& kernels, auto stream) { kernels.norm_backward(call, numbers(total), stream); });
   }
+  static void add_images(const Tensor& x, const NormCall& call) {
+    run(x, [&](const cuda::Launchers& kernels, auto stream) { kernels.add_images(call, stream); });
+  }
   static void gelu_forward(const Tensor& input, const MapCall& call) {
     run(input, [&](const cuda::Launchers& kernels, auto stream) { kernels.gelu_forward(call, stream); });
   }

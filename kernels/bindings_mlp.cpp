@@ -8,12 +8,20 @@
 namespace swinv2_linear {
 namespace {
 
-constexpr int64_t MOST = 512, LEAST = 256;  // rows: the weights are read again for each part
+constexpr int64_t MOST = 512, LEAST = 192;  // rows: the weights are read again for each part
 
 const swinv2_block::Kernel& block_kernel(const Tensor& x) {
   const Choice found = kernels(x);
   STD_TORCH_CHECK(!std::strcmp(found.name, "vectors"), "MLPs are one operator only where products are by vectors");
   return *found.block;
+}
+
+int64_t over(int64_t count, int64_t part) { return (count + part - 1) / part; }
+
+// As many rows as make all threads' shares alike: four parts for each thread, or less, or more, of LEAST to MOST rows.
+int64_t part_of(int64_t rows, int64_t threads) {
+  const int64_t parts = std::clamp<int64_t>(rows / (threads * LEAST), 1, std::max<int64_t>(4, over(rows, threads * MOST)));
+  return over(over(rows, threads * parts), 8) * 8;
 }
 
 char* at(const Tensor& map, int64_t row) {
@@ -27,11 +35,11 @@ std::tuple<Tensor, Tensor> mlp_forward(Tensor x, Tensor weight1, Tensor bias1, T
   const Product first(x, weight1, true, bias1), second(x, weight2, true, bias2);
   const int64_t rows = x.size(0), hidden = first.call.outputs, threads = torch::stable::get_num_threads();
   check_channels("x", x.size(1), first.call.inputs), check_channels("the hidden map", hidden, second.call.inputs);
-  const int64_t part = std::clamp((rows / (4 * threads) + 31) / 32 * 32, LEAST, MOST);
+  const int64_t part = part_of(rows, threads);
   Tensor room = torch::stable::new_empty(x, {threads * part, hidden});
   Tensor kept = torch::stable::new_empty(x, {keep ? rows : 0, hidden});
   Tensor out = torch::stable::new_empty(x, {rows, second.call.outputs});
-  over_tasks((rows + part - 1) / part, [&](int64_t task, int64_t worker) {
+  over_tasks(over(rows, part), [&](int64_t task, int64_t worker) {
     const int64_t begin = task * part, count = std::min(part, rows - begin);
     char* const activated = at(room, worker * part);
     char* const before = keep ? at(kept, begin) : activated;

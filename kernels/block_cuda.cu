@@ -3,7 +3,7 @@
 //
 //   norm_forward, norm_backward   a row stays in the registers of its lanes, which are a power of two: of several rows in a
 //                                 warp, or of up to a whole block
-//   gelu_forward                  a thread takes 16 bytes
+//   gelu_forward, add_images      a thread takes 16 bytes
 //   gelu_backward, sum_rows       a thread keeps its columns and walks down the rows, adding up
 //   total                         adds the blocks' partial sums
 //
@@ -205,6 +205,22 @@ __global__ void __launch_bounds__(THREADS, 2) norm_backward_kernel(const NormCal
   }
 }
 
+// out = x + y, of the images that y has.
+template <typename T>
+__global__ void __launch_bounds__(THREADS) add_images_kernel(const NormCall call) {
+  const int64_t each = call.channels / CHUNK<T>, chunks = call.all_rows * each;
+  for (int64_t chunk = int64_t(blockIdx.x) * THREADS + threadIdx.x; chunk < chunks; chunk += call.chunks * THREADS) {
+    const int row = int(chunk / each);
+    const int64_t at = place(call, row) + chunk % each * CHUNK<T>;
+    float x[CHUNK<T>], y[CHUNK<T>] = {};
+    load_chunk(x, static_cast<const T*>(call.x) + at);
+    if (row < call.rows) load_chunk(y, static_cast<const T*>(call.y) + chunk * CHUNK<T>);  // [added]
+#pragma unroll
+    for (int j = 0; j < CHUNK<T>; ++j) x[j] += y[j];
+    store_chunk(static_cast<T*>(call.out) + at, x);
+  }
+}
+
 // -- GELU and sums over rows ---------------------------------------------------------------------------------------------
 
 // The normal distribution at x: gelu(x) = x · below, its derivative below + x · density.
@@ -334,6 +350,14 @@ struct Launcher {
     launch_total(call.partials, call.chunks, 2 * call.channels, total, stream);
   }
 
+  static void add_images(const NormCall& given, gpu::Stream stream) {
+    NormCall call = given;
+    if (call.all_rows == 0) return;
+    if (call.all_rows > MAX_NORM_ROWS) throw std::runtime_error("maps may have at most 2^30 rows");
+    call.chunks = std::min((call.all_rows * call.channels / chunk + THREADS - 1) / THREADS, FORWARD_BLOCKS);
+    gpu::launch(&add_images_kernel<T>, call.chunks, THREADS, 0, stream, call);
+  }
+
   static void gelu_forward(const MapCall& given, gpu::Stream stream) {
     MapCall call = given;
     if (call.rows == 0) return;
@@ -355,7 +379,7 @@ struct Launcher {
 template <typename T>
 Launchers launchers_of_type() {
   using L = Launcher<T>;
-  return {&L::norm_forward, &L::norm_backward, &L::gelu_forward, &L::template sum<true>, &L::template sum<false>};
+  return {&L::norm_forward, &L::norm_backward, &L::add_images, &L::gelu_forward, &L::template sum<true>, &L::template sum<false>};
 }
 
 #if defined(ELEMENT)

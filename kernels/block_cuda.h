@@ -21,6 +21,7 @@ constexpr int MAX_NORM_CHANNELS = 4096;  // of a norm; maps for GELU and sums ma
 struct Launchers {
   void (*norm_forward)(const NormCall&, gpu::Stream);
   void (*norm_backward)(const NormCall&, float* total, gpu::Stream);
+  void (*add_images)(const NormCall&, gpu::Stream);
   void (*gelu_forward)(const MapCall&, gpu::Stream);
   void (*gelu_backward)(const MapCall&, float* total, gpu::Stream);
   void (*sum_rows)(const MapCall&, float* total, gpu::Stream);

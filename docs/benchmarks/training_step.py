@@ -8,7 +8,8 @@
 A case is model/image size/window/batch. Modes: training (forward, cross-entropy, backward, AdamW), inference, and
 simmim (a SimMIM step; torchvision and timm have none). In bf16 this project trains through its engine, as its users do:
 weights and maps of 16 bits, float32 where it matters, float32 master weights; the others under autocast, as theirs do.
-"products" is the time of the model's matrix products alone: linear layers, and attention as PyTorch multiplies it.
+"products" is the time of the model's matrix products alone: linear layers, and attention as PyTorch multiplies it. All
+train with drop path, as the recipes do; products are those of all images, dropped or not.
 
 Every program is a process of its own, and they take steps in turn, round after round; the first two warm up. A cell is
 the median of the rest. With `--alone` one program ends before the next begins, where memory does not hold all of them.

@@ -45,7 +45,7 @@ bool holds(cuda::Type type, int64_t rows, int channels) {
   const int64_t some = rows - rows / 4;  // have a branch
   const Memory x(type, rows * channels, true), y(type, some * channels, true);
   const Memory weight(exact, channels, true), keep(exact, some, true);
-  const Memory out(type, rows * channels, false), statistics(exact, 2 * some, false), grad_y(type, some * channels, false);
+  const Memory out(type, rows * channels, false), added(type, rows * channels, false), statistics(exact, 2 * some, false), grad_y(type, some * channels, false);
   const Memory norm_total(exact, 2 * channels, false), norm_partials(exact, cuda::norm_chunks(some) * 2 * channels, false);
   std::vector<int64_t> images(rows);
   for (int64_t i = 0; i < rows; ++i) images[i] = rows - 1 - i;
@@ -58,6 +58,8 @@ bool holds(cuda::Type type, int64_t rows, int channels) {
   norm.partials = norm_partials.bytes.get();
   kernels.norm_forward(norm, nullptr);
   kernels.norm_backward(norm, static_cast<float*>(norm_total.bytes.get()), nullptr);
+  norm.out = added.bytes.get();
+  kernels.add_images(norm, nullptr);
 
   const Memory gelu(type, rows * channels, false), again(type, rows * channels, false), grad(type, rows * channels, true);
   const Memory slopes(exact, channels, false), total(exact, channels, false);
@@ -71,7 +73,7 @@ bool holds(cuda::Type type, int64_t rows, int channels) {
   kernels.sum_rows(map, static_cast<float*>(total.bytes.get()), nullptr);
 
   bool good = true;
-  for (const Memory* result : {&out, &statistics, &grad_y, &norm_total, &gelu, &again, &grad, &slopes, &total}) {
+  for (const Memory* result : {&out, &added, &statistics, &grad_y, &norm_total, &gelu, &again, &grad, &slopes, &total}) {
     good &= result->holds();
   }
   std::printf("%s type %d, %d rows of %d\n", good ? "ok  " : "FAIL", int(type), int(rows), channels);

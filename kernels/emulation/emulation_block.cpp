@@ -54,6 +54,15 @@ int emulation_norm_backward(const int64_t* sizes, int type, const void* grad_out
   });
 }
 
+int emulation_add_images(const int64_t* sizes, int type, const void* x, const void* y, const int64_t* images, void* out) {
+  return guarded([&] {
+    sb::NormCall call{};
+    call.rows = sizes[0], call.channels = int(sizes[1]), call.rows_per_image = sizes[2], call.all_rows = sizes[3];
+    call.x = x, call.y = y, call.images = images, call.out = out;
+    launchers(type).add_images(call, nullptr);
+  });
+}
+
 int emulation_gelu_forward(const int64_t* sizes, int type, const void* input, void* out) {
   return guarded([&] { launchers(type).gelu_forward(map_call(sizes, input, nullptr, out, nullptr), nullptr); });
 }

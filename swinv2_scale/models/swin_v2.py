@@ -66,9 +66,9 @@ class DropPath(nn.Module):
             return norm(x, branch(x))
         keep = (torch.rand(len(x)) >= self.rate) / (1.0 - self.rate)  # on the CPU: nothing waits for a GPU
         if torch.compiler.is_compiling() or keep.all():  # a compiler wants the same shapes in every step
-            return norm(x, branch(x), keep.to(x.device))
+            return norm(x, branch(x), keep.to(x.device, non_blocking=True))
         kept = int(keep.count_nonzero())
-        keep, images = (tensor.to(x.device) for tensor in keep.sort(descending=True, stable=True))
+        keep, images = (t.to(x.device, non_blocking=True) for t in keep.sort(descending=True, stable=True))
         x, some = first_images(x, images, kept)
         return norm(x, branch(some), keep[:kept], images)
 

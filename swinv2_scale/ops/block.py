@@ -279,7 +279,7 @@ class _FirstImages(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, grad_first: Tensor) -> tuple[Tensor, None, None]:
         (images,) = ctx.saved_tensors
-        if grad.device.type == "cpu" and _is_native(grad):
+        if _is_native(grad):
             tensors = grad.contiguous(), grad_first.contiguous(), images
             return torch.ops.swinv2_scale.add_images(*tensors), None, None
         return grad.index_add(0, images[: len(grad_first)], grad_first), None, None

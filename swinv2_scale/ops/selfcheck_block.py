@@ -19,6 +19,7 @@ TENSORS = (  # what `native_parts` returns
     "gradient of branch",
     "gradient of weight",
     "gradient of bias",
+    "sum of images",
     "GELU",
     "GELU in backward",
     "gradient of GELU",
@@ -63,9 +64,10 @@ def native_parts(
     operators = torch.ops.swinv2_scale
     out, statistics = operators.residual_norm_forward(x, y, weight, bias, keep, images, block.EPS)
     grad_y, affine = operators.residual_norm_backward(grad, y, weight, keep, images, statistics)
+    added = operators.add_images(x, y, torch.arange(len(x), device=x.device) if images is None else images)
     slope = grad[: len(y)].clone()
     activated, total = operators.gelu_backward(slope, y)
-    return [out, grad_y, *affine, operators.gelu_forward(y), activated, slope, total, operators.sum_rows(y)]
+    return [out, grad_y, *affine, added, operators.gelu_forward(y), activated, slope, total, operators.sum_rows(y)]
 
 
 def plain_parts(
@@ -76,8 +78,9 @@ def plain_parts(
     out, activated = block.composed_post_norm(x, y, weight, bias, keep, images), F.gelu(y)
     gradients = torch.autograd.grad(out, (y, weight, bias), grad)
     (slope,) = torch.autograd.grad(activated, y, grad[: len(y)])
-    found = [out, *gradients, activated, activated, slope, slope.flatten(0, -2).sum(0), y.flatten(0, -2).sum(0)]
-    return [tensor.detach() for tensor in found]
+    added = x + y if images is None else x.index_add(0, images[: len(y)], y)
+    sums = slope.flatten(0, -2).sum(0), y.flatten(0, -2).sum(0)
+    return [tensor.detach() for tensor in (out, *gradients, added, activated, activated, slope, *sums)]
 
 
 def draw(case: Case, dtype: torch.dtype, device: torch.device) -> list[Tensor | None]:
