@@ -2,6 +2,8 @@
 
 #include "bindings_block.h"
 
+#include <vector>
+
 #include "block_cpu.h"
 #include "instruction_sets.h"
 #include "partials.h"
@@ -15,6 +17,16 @@ struct Cpu {
 
   static bool holds(const Tensor& tensor, const Tensor&) { return tensor.is_cpu(); }
   static const Tensor& prepared(const Tensor& tensor) { return tensor; }
+
+  static void check_order(const Tensor& images) {
+    const int64_t count = images.numel(), *order = static_cast<const int64_t*>(images.const_data_ptr());
+    std::vector<bool> seen(count);
+    for (int64_t i = 0; i < count; ++i) {
+      const bool fits = order[i] >= 0 && order[i] < count && !seen[order[i]];
+      STD_TORCH_CHECK(fits, "images must have each of 0 to ", count - 1, " once, got ", order[i]);
+      seen[order[i]] = true;
+    }
+  }
 
   // As many as keep many threads busy; never a function of how many there are, so that sums are added in one order.
   static int64_t norm_chunks(int64_t rows) { return rows < 32 ? rows : 32; }

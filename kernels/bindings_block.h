@@ -25,6 +25,7 @@ inline ScalarType exact_type(const Tensor& map) {
 //   NORM_ALONE                       whether its norm takes no x, for a norm without residual sum
 //   holds(tensor)                    of tensors that it can work on, given the map that is
 //   prepared(tensor)                 the same numbers where its kernels can read them
+//   check_order(images)              that they are an order of images, where their values can be looked at
 //   norm_chunks(rows), map_chunks(rows, channels)
 //   norm_forward(map, call) …        the work; what has partials adds them up in a tensor `total`
 template <class Device>
@@ -47,10 +48,11 @@ struct Operators {
     NormCall call{};
     call.channels = channels_of(y);
     call.rows = y.numel() / call.channels, call.all_rows = whole.numel() / call.channels;
-    call.rows_per_image = whole.dim() > 1 && whole.size(0) > 0 ? call.all_rows / whole.size(0) : 1;
+    const Tensor& counted = images ? whole : y;
+    call.rows_per_image = counted.dim() > 1 && counted.size(0) > 0 ? counted.numel() / call.channels / counted.size(0) : 1;
     check(name, whole, y, y.scalar_type(), images ? whole.numel() : y.numel());
     if (images) {
-      check("images", *images, y, ScalarType::Long, whole.size(0));
+      check("images", *images, y, ScalarType::Long, whole.size(0)), Device::check_order(*images);
       const bool some = call.rows <= call.all_rows && call.rows == y.size(0) * call.rows_per_image;
       STD_TORCH_CHECK(some && channels_of(whole) == call.channels, "y must have some of the images of ", name);
       call.images = static_cast<const int64_t*>(images->const_data_ptr());

@@ -22,6 +22,8 @@ struct Cuda {
   static Tensor prepared(const Tensor& tensor) { return is_aligned(tensor) ? tensor : torch::stable::clone(tensor); }
   static bool is_aligned(const Tensor& tensor) { return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0; }
 
+  static void check_order(const Tensor&) {}  // it would have to be waited for
+
   static int64_t norm_chunks(int64_t rows) { return cuda::norm_chunks(rows); }
   static int64_t map_chunks(int64_t rows, int channels) { return cuda::map_chunks(rows, channels); }
 

@@ -18,7 +18,8 @@ const swinv2_block::Kernel& block_kernel(const Tensor& x) {
 
 int64_t over(int64_t count, int64_t part) { return (count + part - 1) / part; }
 
-// As many rows as make all threads' shares alike: four parts for each thread, or less, or more, of LEAST to MOST rows.
+// As many rows as make all threads' shares alike: four parts for each thread, fewer before they have less than LEAST rows
+// (one in any case), more before they have more than MOST.
 int64_t part_of(int64_t rows, int64_t threads) {
   const int64_t parts = std::clamp<int64_t>(rows / (threads * LEAST), 1, std::max<int64_t>(4, over(rows, threads * MOST)));
   return over(over(rows, threads * parts), 8) * 8;

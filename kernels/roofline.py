@@ -21,6 +21,7 @@ WARP = 32
 BLOCK_KERNELS = (
     "norm_forward",
     "norm_backward",
+    "add_images",
     "gelu_forward",
     "sum",
 )  # of block_cuda.cu; and total, which has no type
@@ -242,8 +243,10 @@ BLOCK_SHAPES = [
 ]
 # Maps that pass through memory: here, and by PyTorch's functions in their place where each reads and writes once
 # (float32 counts as two). Forward: to float32, norm, · keep, to bfloat16, x + . Backward: both maps to float32, · keep,
-# norm for its input, norm for its weights, to bfloat16. GELU: its gradient, itself, the sum.
-MAPS = {"norm_forward": (3, 17), "norm_backward": (3, 23), "gelu_forward": (2, 2), "sum of GELU": (4, 6), "sum": (1, 1)}
+# norm for its input, norm for its weights, to bfloat16. Images: a copy of x, and then the sum. GELU: its gradient,
+# itself, the sum.
+MAPS = {"norm_forward": (3, 17), "norm_backward": (3, 23), "add_images": (3, 5), "gelu_forward": (2, 2)}
+MAPS |= {"sum of GELU": (4, 6), "sum": (1, 1)}
 
 
 def norm_lanes(channels: int, size: int) -> tuple[int, int]:
@@ -268,7 +271,7 @@ def block_limits(
 ) -> tuple[float, dict[str, float]]:
     """Bytes moved as a multiple of the least, and the seconds that each resource needs, in bfloat16."""
     lanes, each = norm_lanes(channels, 2) if name.startswith("norm") else (0, 1)
-    width = {"gelu_forward": 0, "sum": 0, "sum of GELU": 1}.get(name, each)
+    width = {"add_images": 0, "gelu_forward": 0, "sum": 0, "sum of GELU": 1}.get(name, each)
     kernel = find(kernels, gpu.architecture, name.partition(" ")[0], "bfloat16", width)
     lanes_over = -(-channels // 8) if not lanes else lanes * each  # chunks of a row, idle ones included
     parts = {"norm_backward": 2 * max(1, min(rows // 32, NORM_CHUNKS))}.get(
@@ -289,7 +292,7 @@ def print_block(kernels: list[Kernel]) -> None:
         for name in BLOCK_KERNELS:
             for width in sorted({k.width for k in kernels if (k.name, k.dtype) == (name, dtype)}):
                 own = [find(kernels, gpu.architecture, name, dtype, width) for gpu in GPUS]
-                shared = {"norm_forward": 64, "gelu_forward": 0}.get(name, 64 + 256 * 32)
+                shared = {"norm_forward": 64, "add_images": 0, "gelu_forward": 0}.get(name, 64 + 256 * 32)
                 blocks = [
                     blocks_per_multiprocessor(g, k, BLOCK_THREADS, shared) for g, k in zip(GPUS, own, strict=True)
                 ]

@@ -75,7 +75,7 @@ class Profiler:
         tell: Callable[[list[Part]], None],
     ) -> None:
         self._folder, self._tell, self._rate = run_dir / "profile", tell, matmul_rate
-        flops = forward_flops(backbone, *backbone.input_size)
+        flops = forward_flops(backbone, *backbone.input_size, training=True)
         self._flops = {part: 3 * images * sum(flops[name] for name in names) for part, names in FLOPS.items()}
         for module in backbone.modules():
             if type(module) in PARTS:

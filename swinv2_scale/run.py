@@ -113,7 +113,7 @@ def training(cfg: Any) -> None:
     backbone = task.backbone(model)
     telemetry.start(
         start,
-        flops_per_image=3 * sum(accounting.forward_flops(backbone, *backbone.input_size).values()),
+        flops_per_image=3 * sum(accounting.forward_flops(backbone, *backbone.input_size, training=True).values()),
         flops_of_matmul=distributed.sum_over_ranks({"rate": rate})["rate"],
         world_size=distributed.world_size(),
         device=distributed.device().type,

@@ -11,10 +11,11 @@ from swinv2_scale.models.swin_v2 import Block, SwinTransformerV2, stage_grid
 from swinv2_scale.ops.windows import fit_window, padded_grid
 
 
-def forward_flops(model: SwinTransformerV2, *size: int) -> dict[str, float]:
+def forward_flops(model: SwinTransformerV2, *size: int, training: bool = False) -> dict[str, float]:
     """Floating-point operations of one image's forward pass, by part: a multiplication and an addition are two.
 
     size: rows and columns in pixels; of a model of clips frames, rows and columns.
+    training: without the branches that drop path leaves out, on average.
     Matrix products only, as is usual; windows that reach beyond the map count whole. The network of the position bias
     runs once for a batch and is left out. A training step takes three times as many: backward is two passes.
     """
@@ -24,7 +25,7 @@ def forward_flops(model: SwinTransformerV2, *size: int) -> dict[str, float]:
     for number, (stage, blocks, width) in enumerate(zip(model.layers, model.blocks(), model.widths, strict=True)):
         for block in blocks:
             for part, flops in block_flops(block, stage_grid(embedded, number)).items():
-                parts[part] += flops
+                parts[part] += flops * (1.0 - block.drop_path.rate if training else 1.0)
         if stage.downsample is not None:
             parts["merging"] += 2.0 * math.prod(stage_grid(embedded, number + 1)) * 4 * width * 2 * width
     if isinstance(model.head, torch.nn.Linear):

@@ -311,11 +311,12 @@ def _block(
     copies = 0 if device == "cpu" else 3 * tokens * channels * EXACT  # of the branch and two gradients
     post_norm = Op(size, True, extra=2 * tokens * EXACT, scratch=copies)
     # Position bias: coordinates, hidden layer and sigmoid are kept; backward needs the hidden layer's gradient twice.
-    # On the CPU the table is enough.
+    # With the CPU's operator the table is enough.
     offsets = math.prod(2 * w - 1 for w in window)
     table = offsets * heads * EXACT
-    bias_kept = 0 if device == "cpu" else offsets * EXACT * (len(window) + BIAS_HIDDEN + heads)
-    bias_scratch = table if device == "cpu" else offsets * EXACT * (2 * BIAS_HIDDEN + heads)
+    operator = device == "cpu" and "cpu" not in native.missing
+    bias_kept = 0 if operator else offsets * EXACT * (len(window) + BIAS_HIDDEN + heads)
+    bias_scratch = table if operator else offsets * EXACT * (2 * BIAS_HIDDEN + heads)
     if attention not in ("reference", "sequential") and _has_kernel(channels // heads, window):
         lse = tokens * heads * EXACT
         scratch = _kernel_scratch(device, images * math.prod(padded_grid(grid, window)), tokens, heads, window)

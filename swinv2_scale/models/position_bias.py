@@ -6,7 +6,6 @@ logarithmically beyond it. Linear spacing is the paper's comparison (its Table 1
 repeats it in small.
 """
 
-import functools
 import math
 from collections.abc import Sequence
 
@@ -43,11 +42,19 @@ def relative_coordinates(
     return torch.sign(x) * torch.log2(x.abs() + 1.0) / math.log2(8)
 
 
-@functools.lru_cache(64)
-def _known_coordinates(window: tuple[int, ...], reference_window: tuple[int, ...], spacing: str) -> Tensor:
+_known: dict[tuple[tuple[int, ...], tuple[int, ...], str], Tensor] = {}
+
+
+def _known_coordinates(window: Sequence[int], reference_window: Sequence[int], spacing: str) -> Tensor:
     """`relative_coordinates` in the CPU's memory, (n, axes): computed once for all blocks and steps."""
-    with torch.inference_mode(False):
-        return relative_coordinates(window, reference_window, torch.device("cpu"), spacing).flatten(0, -2)
+    key = tuple(window), tuple(reference_window), spacing
+    if key in _known:
+        return _known[key]
+    with torch.inference_mode(False):  # whose tensors could not be differentiated with
+        x = relative_coordinates(window, reference_window, torch.device("cpu"), spacing).flatten(0, -2)
+    if type(x) is Tensor:  # and not what a fake mode has in its place
+        _known[key] = x
+    return x
 
 
 class PositionBias(nn.Sequential):
@@ -70,7 +77,7 @@ class PositionBias(nn.Sequential):
         exact = torch.promote_types(first.weight.dtype, torch.float32)
         weights = first.weight.to(exact), first.bias.to(exact), last.weight.to(exact)
         if is_native(*weights):
-            x = _known_coordinates(tuple(window), tuple(reference_window), self.spacing)
+            x = _known_coordinates(window, reference_window, self.spacing)
         else:
             x = (
                 relative_coordinates(window, reference_window, first.weight.device, self.spacing)

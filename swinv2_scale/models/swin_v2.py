@@ -52,8 +52,8 @@ class Linear(nn.Linear):
 class DropPath(nn.Module):
     """Drops the whole branch for a random share of the images, and scales the rest to keep the mean.
 
-    An image's dropped branch is not computed. In float32 that changes nothing but time and memory: images meet nowhere
-    in a block.
+    An image's dropped branch is not computed. That changes nothing but time, memory and the order of sums: images meet
+    nowhere in a block. A compiler wants the same shapes in every step, so compiled models compute all branches.
     """
 
     def __init__(self, rate: float) -> None:
@@ -64,8 +64,10 @@ class DropPath(nn.Module):
         """x (B, …) + norm(branch(x))"""
         if not self.training or self.rate == 0.0:
             return norm(x, branch(x))
-        keep = (torch.rand(len(x)) >= self.rate) / (1.0 - self.rate)  # on the CPU: nothing waits for a GPU
-        if torch.compiler.is_compiling() or keep.all():  # a compiler wants the same shapes in every step
+        compiled = torch.compiler.is_compiling()
+        device = x.device if compiled else "cpu"  # where nothing waits for a GPU to know how many there are
+        keep = (torch.rand(len(x), device=device) >= self.rate) / (1.0 - self.rate)
+        if compiled or keep.all():
             return norm(x, branch(x), keep.to(x.device, non_blocking=True))
         kept = int(keep.count_nonzero())
         keep, images = (t.to(x.device, non_blocking=True) for t in keep.sort(descending=True, stable=True))

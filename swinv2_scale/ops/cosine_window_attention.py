@@ -80,7 +80,7 @@ def cosine_window_attention(
         return _attend(x, logit_scale[of], bias_HNN, _mask(region, absent, mask_value, bias_table.dtype))
 
     if implementation == "sequential":
-        one = batch * math.prod(window) ** 2 * bias_table.element_size()  # of a head and window
+        one = max(batch, 1) * math.prod(window) ** 2 * bias_table.element_size()  # of a head and window
         some_heads = min(heads, max(1, SEQUENTIAL_BYTES // one))
         some_windows = max(1, SEQUENTIAL_BYTES // (one * some_heads))
         outputs = []

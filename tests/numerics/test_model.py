@@ -14,6 +14,7 @@ from swinv2_scale import create_model
 from swinv2_scale.models import swin_v2
 from swinv2_scale.models.position_bias import PositionBias
 from swinv2_scale.models.swin_v2 import Block, DropPath, PatchMerging, PostNorm, SwinTransformerV2
+from swinv2_scale.ops.windows import fit_window
 
 
 def model_of(**changes) -> SwinTransformerV2:
@@ -332,12 +333,15 @@ def test_branches_that_are_dropped_are_not_computed(rate: float, monkeypatch: py
 
 
 def test_drop_path_comes_after_the_norm(monkeypatch: pytest.MonkeyPatch) -> None:
-    block = drawn(model_of()).layers[0].blocks[0]
-    x = torch.randn(2, 5, 6, 16)
-    monkeypatch.setattr(torch, "rand", torch.zeros)  # drops every branch
+    block = drawn(model_of()).layers[0].blocks[0].double().train()
+    x = torch.randn(2, 5, 6, 16, dtype=torch.float64)
+    monkeypatch.setattr(torch, "rand", lambda _, **__: torch.tensor([0.0, 1.0]))  # drops those of the first image
     block.drop_path.rate = 0.5
-    block.train()
-    assert torch.equal(block(x), x)
+    geometry = fit_window(x.shape[1:-1], block.window, block.shift)
+    attended = block.attn(x[1:], *geometry, block.reference_window)
+    second = x[1:] + 2 * F.layer_norm(attended, [16], block.norm1.weight, block.norm1.bias)
+    second = second + 2 * F.layer_norm(block.mlp(second), [16], block.norm2.weight, block.norm2.bias)
+    assert torch.allclose(block(x), torch.cat([x[:1], second]), rtol=0, atol=1e-12)
 
 
 # ---------------------------------------------------------------------------------------------------------------- types

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from swinv2_scale.models import position_bias
 from swinv2_scale.models.position_bias import PositionBias, relative_coordinates
@@ -116,15 +117,22 @@ def test_what_the_operator_does_not_take_goes_to_pytorch() -> None:
 
 def test_coordinates_are_those_of_training_though_evaluation_came_first() -> None:
     """They are computed once; tensors of inference mode could not be differentiated with."""
-    position_bias._known_coordinates.cache_clear()
+    position_bias._known.clear()
     bias = PositionBias(3)
     with torch.inference_mode():
         first = bias((5, 6), (5, 6))
     second = bias((5, 6), (5, 6))
     second.sum().backward()
     assert torch.equal(first, second) and bias[0].weight.grad is not None
-    assert position_bias._known_coordinates.cache_info().hits == 1
+    assert len(position_bias._known) == 1
     assert not torch.equal(bias((5, 6), (3, 3)), second)
+
+
+def test_coordinates_of_a_fake_mode_are_not_kept() -> None:
+    position_bias._known.clear()
+    with FakeTensorMode():
+        position_bias._known_coordinates((2, 2), (2, 2), "log")
+    assert type(position_bias._known_coordinates((2, 2), (2, 2), "log")) is Tensor
 
 
 @pytest.mark.parametrize("wrong", range(4), ids=lambda number: selfcheck_block.TABLE[number])

@@ -36,6 +36,17 @@ def test_flops_are_those_that_are_counted(size: str, rows: int, columns: int, wi
     assert sum(forward_flops(model, rows, columns).values()) == per_image
 
 
+def test_flops_of_training_are_without_dropped_branches() -> None:
+    model = swinv2_scale.create_model("debug", drop_path_rate=0.4, depths=[1, 1, 1, 2], num_classes=10)
+    whole, found = (forward_flops(model, 128, 128, training=training) for training in (False, True))
+    assert all(found[part] == whole[part] for part in ("embedding", "merging", "head"))
+    for part in ("projections", "attention", "mlp"):  # the first block keeps all, the last 0.6 of them
+        assert 0.6 * whole[part] < found[part] < whole[part]
+    for block in (block for blocks in model.blocks() for block in blocks):
+        block.drop_path.rate = 0.25
+    assert forward_flops(model, 128, 128, training=True)["mlp"] == 0.75 * whole["mlp"]
+
+
 @pytest.mark.parametrize(
     ("frames", "patch_frames", "window"), [(4, 1, [2, 4, 4]), (5, 2, [2, 7, 5]), (4, 2, [8, 8, 8])]
 )

@@ -101,6 +101,21 @@ def test_drop_path_drops(model: SwinTransformerV2) -> None:
     assert not torch.equal(dropping["loss"], whole["loss"])
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_batch_may_lose_every_branch(name: str, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under every policy; weights that nothing came through have gradients of zero, as for a mask."""
+    model = tiny()
+    cast(model, precision)
+    memory.apply(model, **policy(name))
+    monkeypatch.setattr(torch, "rand", lambda count, **_: torch.zeros(count))
+    model(torch.randn(1, 3, 60, 64)).float().square().sum().backward()
+    blocks = [block for blocks in model.blocks() for block in blocks]
+    for block in blocks[1:]:  # the first one's rate is zero
+        assert not any(parameter.grad.any() for parameter in block.parameters())  # type: ignore[union-attr]
+    assert all(parameter.grad.any() for parameter in blocks[0].parameters())  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize("mlp_tokens", [0, TOKENS])
 @pytest.mark.parametrize("attention", ["auto", "reference", "sequential"])
 def test_recomputation_is_bit_identical(model: SwinTransformerV2, attention: str, mlp_tokens: int) -> None:
@@ -234,7 +249,7 @@ def test_the_table_above_has_every_policy() -> None:
 
 def test_an_mlp_runs_again_where_it_should(model: SwinTransformerV2, monkeypatch: pytest.MonkeyPatch) -> None:
     for block in (block for blocks in model.blocks() for block in blocks):
-        block.drop_path.rate = 0.0  # of all tokens
+        monkeypatch.setattr(block.drop_path, "rate", 0.0)  # of all tokens
     every_second = {"activations": "recompute_mlp", "every": 2}
     assert runs(model, "attn", **every_second) == [[1, 1, 1], [1], [1, 1], [1]]
     hidden = [[block.mlp.fc1.weight for block in blocks] for blocks in model.blocks()]
